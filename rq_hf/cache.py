@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cache that goes into `model.generate(past_key_values=...)`."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from dataclasses import fields
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    Cache,
+    CacheLayerMixin,
+    get_layer_types_and_kwargs,
+)
+
+from rq_hf.config import RotorQuantConfig
+from rq_hf.layers import RotorQuantLayer
+from rq_hf.memory import CacheMemory, reachable_tensors, storage_bytes
+from rq_hf.rope import rope_tables
+
+BF16_BYTES = 2
+# attention implementations that take keys and values as handles; others get dense tensors
+HANDLE_IMPLEMENTATIONS = (None, "sdpa", "eager", "rotorquant")
+
+
+class RotorQuantCache(Cache):
+    """A `transformers.Cache` that keeps keys and values packed to 2-4 bits a number.
+
+    Full-attention layers are packed. Sliding-window and chunked layers, which are short, and
+    linear-attention, convolution and hybrid layers keep the host's own classes, exact.
+
+    Args:
+        config: The model's config; it tells the kind of every layer. Without it all layers count
+            as full attention, made at their first update.
+        quantization: How to store; the default is `RotorQuantConfig()`.
+        offloading: Keep layers on the CPU while they are not in use, as in `DynamicCache`.
+        offload_only_non_sliding: Leave sliding layers where they are.
+        **settings: Fields of `RotorQuantConfig`, in place of `quantization`: `nbits=4`, ...
+
+    Raises:
+        ValueError: A setting is out of range, both `quantization` and settings are given, or
+            `config` is of an encoder-decoder model.
+
+    Example:
+        >>> cache = RotorQuantCache(config=model.config, nbits=3)
+        >>> model.generate(**inputs, past_key_values=cache)
+        >>> print(cache.memory())
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig | None = None,
+        *,
+        quantization: RotorQuantConfig | None = None,
+        offloading: bool = False,
+        offload_only_non_sliding: bool = True,
+        **settings: Any,
+    ) -> None:
+        self.quantization = _resolve(quantization, settings)
+        layers = None if config is None else _make_layers(config, self.quantization)
+        make_layer = partial(RotorQuantLayer, self.quantization) if layers is None else None
+        super().__init__(
+            layers=layers,
+            layer_class_to_replicate=make_layer,
+            offloading=offloading,
+            offload_only_non_sliding=offload_only_non_sliding,
+        )
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Stores the new states of one layer; see `RotorQuantLayer.update`.
+
+        Raises:
+            ValueError: The states cannot be stored, or the cache was made for a model with fewer
+                layers. The cache is as it was.
+        """
+        if self.layer_class_to_replicate is None and layer_idx >= len(self.layers):
+            raise ValueError(
+                f"layer {layer_idx}: the cache was made for a model with {len(self.layers)} "
+                "layers; make a new one with this model's config"
+            )
+        self._append_layers(layer_idx + 1)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _append_layers(self, count: int) -> None:
+        while self.layer_class_to_replicate is not None and len(self.layers) < count:
+            self.layers.append(self.layer_class_to_replicate(layer_idx=len(self.layers)))
+
+    def _settle(self) -> None:
+        for layer in self.packed_layers:
+            layer.settle()
+
+    @property
+    def packed_layers(self) -> list[RotorQuantLayer]:
+        """The layers that are packed."""
+        return [layer for layer in self.layers if isinstance(layer, RotorQuantLayer)]
+
+    def memory(self) -> CacheMemory:
+        """Counts the bytes of every storage that the cache holds."""
+        self._settle()
+        packed = [layer for layer in self.packed_layers if layer.store is not None]
+        host = [layer for layer in self.layers if not isinstance(layer, RotorQuantLayer)]
+        host_tensors = reachable_tensors(host)
+        numbers = [_numbers(layer) for layer in packed]
+        stored = sum(all_numbers for _, all_numbers in numbers)
+        host_numbers = sum(t.numel() for t in host_tensors)
+        item_bytes = packed[0].dtype.itemsize if packed else BF16_BYTES
+        return CacheMemory(
+            packed_bytes=storage_bytes(t for x in packed for t in x.store.tiles.tensors),
+            exact_bytes=storage_bytes(t for x in packed for t in x.store.exact.tensors),
+            statistics_bytes=storage_bytes(
+                reachable_tensors([(x.preconditioner, x.statistics, x.padding) for x in packed])
+            ),
+            host_bytes=storage_bytes(host_tensors),
+            constant_bytes=storage_bytes(reachable_tensors([x.codec for x in packed])),
+            packed_numbers=sum(packed_numbers for packed_numbers, _ in numbers),
+            nominal_bits=packed[0].codec.layout.nominal_bits if packed else float("nan"),
+            dense_bytes=stored * item_bytes + storage_bytes(host_tensors),
+            dense_bf16_bytes=(stored + host_numbers) * BF16_BYTES,
+        )
+
+    def describe(self) -> str:
+        """Returns one line a layer: what is stored how, and what attention reads."""
+        self._settle()
+        return "\n".join(_describe(i, layer) for i, layer in enumerate(self.layers))
+
+
+def _resolve(quantization: RotorQuantConfig | None, settings: dict[str, Any]) -> RotorQuantConfig:
+    if quantization is not None and settings:
+        raise ValueError(
+            f"give either quantization or single settings, got both: {', '.join(settings)}"
+        )
+    known = [field.name for field in fields(RotorQuantConfig)]
+    unknown = [name for name in settings if name not in known]
+    if unknown:
+        raise ValueError(
+            f"unknown settings: {', '.join(unknown)}; accepted are {', '.join(known)}"
+        )
+    return quantization or RotorQuantConfig(**settings)
+
+
+def _make_layers(config: PreTrainedConfig, quantization: RotorQuantConfig) -> list[Any]:
+    """Returns a layer for each of the model's, of the kind that its config names."""
+    if config.is_encoder_decoder:
+        raise ValueError(
+            "an encoder-decoder model needs a cache for each attention: "
+            "EncoderDecoderCache(RotorQuantCache(), DynamicCache()), without config"
+        )
+    decoder = config.get_text_config(decoder=True)
+    types, options = get_layer_types_and_kwargs(decoder)
+    # transformers 5.17 gives one dict for all layers
+    options = [options] * len(types) if isinstance(options, dict) else options
+    ropes = rope_tables(decoder)
+    gives_handles = partial(_takes_handles, weakref.ref(decoder))
+    latent = getattr(decoder, "kv_lora_rank", None) is not None
+    if latent:
+        warnings.warn(
+            "multi-head latent attention is cached exactly: its latents are compressed already",
+            stacklevel=3,
+        )
+    return [
+        RotorQuantLayer(quantization, i, ropes[i] if i < len(ropes) else None, gives_handles)
+        if kind == "full_attention" and not latent
+        else DYNAMIC_LAYER_TYPE_MAPPING[kind](**option)
+        for i, (kind, option) in enumerate(zip(types, options, strict=True))
+    ]
+
+
+def _takes_handles(config: weakref.ref[PreTrainedConfig]) -> bool:
+    """Whether the attention that the model uses now takes handles."""
+    decoder = config()
+    # the modules of the model hold this very object, so a later switch shows here
+    return getattr(decoder, "_attn_implementation", None) in HANDLE_IMPLEMENTATIONS
+
+
+def _numbers(layer: RotorQuantLayer) -> tuple[int, int]:
+    """Returns how many numbers a layer holds packed, and in all."""
+    assert layer.store is not None
+    batch, heads, _, head_dim = layer.store.exact.tensors[0].shape
+    a_token = 2 * batch * heads * head_dim
+    return layer.store.packed_length * a_token, layer.store.length * a_token
+
+
+def _describe(index: int, layer: Any) -> str:
+    if not isinstance(layer, RotorQuantLayer):
+        kind = "exact" if isinstance(layer, CacheLayerMixin) else "state"
+        window = getattr(layer, "sliding_window", None)
+        return f"layer {index}: {kind} ({type(layer).__name__}{f', window {window}' if window else ''})"
+    if layer.store is None or layer.codec is None:
+        return f"layer {index}: packed, nothing stored yet"
+    store, layout, config = layer.store, layer.codec.layout, layer.config
+    calls = ", ".join(f"{door} {count}x" for door, count in sorted(layer.calls.items()))
+    return (
+        f"layer {index}: {store.sinks} exact sinks | {store.packed_length} tokens packed in "
+        f"{store.tiles.length} tiles of {layout.tile_length} ({config.key_codec} keys "
+        f"{config.key_bits} bits, values {config.value_bits} bits, {config.rotation} rotation, "
+        f"{layout.order} order; {_describe_statistics(layer)}) | {store.tail} exact tail; "
+        f"attention: {calls or 'not called yet'}"
+    )
+
+
+def _describe_statistics(layer: RotorQuantLayer) -> str:
+    statistics = layer.preconditioner
+    if statistics is None:
+        return "statistics open"
+    means = {"pre-RoPE": statistics.pre_mean, "post-RoPE": statistics.post_mean}
+    used = [name for name, mean in means.items() if bool(mean.any())]
+    balance = "queries" if layer.statistics.power is not None else "keys alone"
+    return (
+        f"key mean {' and '.join(used) or 'none'}, "
+        f"balance {f'from {balance}' if layer.config.balance else 'off'}"
+    )

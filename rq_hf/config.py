@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings of a packed key-value cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "rotation": ("butterfly", "rotor", "dense", "hadamard", "none"),
+    "key_codec": ("mse", "prod"),
+    "codebook": ("gaussian", "beta"),
+    "scale": ("search", "least_squares", "norm"),
+    "sketch": ("orthogonal", "gaussian"),
+    "estimator": ("mmse", "unbiased"),
+    "key_mean": ("auto", "pre_rope", "post_rope", "none"),
+    "path": ("auto", "dense"),
+}
+BITS = (2, 3, 4)
+
+
+@dataclass(frozen=True)
+class RotorQuantConfig:
+    """How keys and values are stored. All layers of a cache share one configuration.
+
+    Args:
+        nbits: Bits a stored number for keys and values alike: 2, 3 or 4.
+        key_bits: Bits of a key coordinate, `nbits` if None. With `key_codec="prod"` one of them
+            is the sign bit of the residual's sketch.
+        value_bits: Bits of a value coordinate, `nbits` if None.
+        residual_length: The newest tokens of a sequence that always stay exact. Tokens older
+            than these are packed a whole tile (64 or 128 tokens) at a time.
+        sink_length: The first tokens of a sequence that always stay exact: attention leans on
+            them ("attention sinks", arXiv 2309.17453).
+        rotation: What mixes the coordinates before they are rounded: "butterfly" (layers of
+            equalised Cl(3,0) rotors), "rotor" (one layer of random rotors, the original
+            RotorQuant), "dense" (TurboQuant, arXiv 2504.19874), "hadamard" or "none".
+        key_codec: "mse" (nearest levels) or "prod" (one bit fewer, and QJL signs of the
+            residual, TurboQuant Algorithm 2).
+        codebook: Distribution that the Lloyd-Max levels are made for: "gaussian" or "beta", the
+            exact marginal of a random unit vector.
+        scale: The stored factor of a vector: "norm" (the papers), "least_squares", or "search"
+            (least squares over several input scales, slowest and most exact).
+        sketch: Rows of the QJL sketch: "gaussian" (the papers) or "orthogonal".
+        sketch_size: Rows of the sketch, head_dim if None.
+        estimator: Weight of the residual's signs: "unbiased" (the papers) or "mmse".
+        key_mean: Mean that keys are freed of before they are packed, measured on the first
+            tokens: "pre_rope" (a constant before the position embedding), "post_rope", "none",
+            or "auto", the one that leaves the least.
+        balance: Scale key channels by sqrt(rms of queries / rms of keys), so that errors fall
+            where queries do not look.
+        value_mean: Free values of their mean.
+        path: What attention is given: "auto" (handles that are read packed, where the model's
+            attention can take them) or "dense" (decoded tensors, layer by layer).
+        strict: Evaluation only: every query reads decoded keys and values of all tokens, its own
+            included; nothing but the sinks stays exact.
+        seed: Seed of rotations and sketches.
+
+    Raises:
+        ValueError: A field is out of range; the message names the accepted values.
+    """
+
+    nbits: int = 3
+    key_bits: int | None = None
+    value_bits: int | None = None
+    residual_length: int = 128
+    sink_length: int = 4
+    rotation: str = "butterfly"
+    key_codec: str = "mse"
+    codebook: str = "gaussian"
+    scale: str = "search"
+    sketch: str = "orthogonal"
+    sketch_size: int | None = None
+    estimator: str = "mmse"
+    key_mean: str = "auto"
+    balance: bool = True
+    value_mean: bool = True
+    path: str = "auto"
+    strict: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_choice("nbits", self.nbits, BITS)
+        for name in ("key_bits", "value_bits"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, self.nbits)
+            _check_choice(name, getattr(self, name), BITS)
+        for name, choices in CHOICES.items():
+            _check_choice(name, getattr(self, name), choices)
+        _check_count("residual_length", self.residual_length, minimum=0)
+        _check_count("sink_length", self.sink_length, minimum=0)
+        _check_count("seed", self.seed, minimum=0)
+        if self.sketch_size is not None:
+            _check_count("sketch_size", self.sketch_size, minimum=1)
+        for name in ("balance", "value_mean", "strict"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields as plain values; `RotorQuantConfig(**d)` builds an equal object."""
+        return asdict(self)
+
+
+def _check_choice(name: str, value: object, accepted: Sequence[object]) -> None:
+    if isinstance(value, bool) or value not in accepted:
+        listed = ", ".join(repr(choice) for choice in accepted)
+        raise ValueError(f"{name} must be one of {listed}, got {value!r}")
+
+
+def _check_count(name: str, value: object, *, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}")

@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors that stand for a layer's keys or values, and answer what attention code asks of them.
+
+`update` gives these to the model in place of dense tensors. They have the shape of what they
+stand for and no storage. Attention code does little with its keys and values: it repeats them for
+grouped queries, transposes them, and passes them to `scaled_dot_product_attention` or two
+`matmul`s. These few calls are answered here, from the packed store. Any other operation decodes
+the layer: right, slower, counted, and warned of once.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._pytree import tree_map
+
+Role = Literal["key", "value"]
+# dimensions shown: b batch, h KV heads, r repeats of a head, n tokens, d head_dim
+Form = Literal["bhnd", "bhdn", "bh1nd", "bhrnd"]
+
+
+class Source(Protocol):
+    """What a handle stands for; `rq_hf.sources` has the implementations."""
+
+    shape: tuple[int, int, int, int]
+    dtype: torch.dtype
+    device: torch.device
+
+    def sdpa(
+        self,
+        query: Tensor,
+        *,
+        mask: Tensor | None,
+        dropout: float,
+        causal: bool,
+        scale: float | None,
+    ) -> Tensor | None:
+        """Returns attention for queries `[B, Hq, L, D]`, or None where it cannot."""
+
+    def scores(self, query: Tensor) -> Tensor | None:
+        """Returns query @ keys^T `[B, Hq, L, N]`, or None."""
+
+    def mix(self, weights: Tensor) -> Tensor | None:
+        """Returns weights @ values `[B, Hq, L, D]`, or None."""
+
+    def dense(self, role: Role) -> Tensor:
+        """Returns the keys or values themselves, `[B, Hk, N, D]`."""
+
+    def count(self, door: str) -> None:
+        """Notes which way attention was computed."""
+
+
+class Handle(torch.Tensor):
+    """Keys or values of a layer without storage of their own."""
+
+    source: Source
+    role: Role
+    form: Form
+    repeats: int
+
+    @staticmethod
+    def __new__(cls, source: Source, role: Role, form: Form = "bhnd", repeats: int = 1) -> Handle:
+        shape = _shape(source.shape, form, repeats)
+        return torch.Tensor._make_wrapper_subclass(
+            cls, shape, dtype=source.dtype, device=source.device
+        )
+
+    def __init__(
+        self, source: Source, role: Role, form: Form = "bhnd", repeats: int = 1
+    ) -> None:
+        self.source, self.role, self.form, self.repeats = source, role, form, repeats
+
+    def __repr__(self, **kwargs: Any) -> str:
+        return f"Handle({self.role}, shape={tuple(self.shape)})"
+
+    def as_form(self, form: Form, repeats: int | None = None) -> Handle:
+        """Returns the same states seen in another form."""
+        return Handle(self.source, self.role, form, self.repeats if repeats is None else repeats)
+
+    def dense(self) -> Tensor:
+        """Returns the states as an ordinary tensor of this shape."""
+        states = self.source.dense(self.role)
+        if self.form == "bh1nd":
+            return states[:, :, None]
+        if self.form == "bhrnd":
+            return states[:, :, None].expand(-1, -1, self.repeats, -1, -1)
+        states = states.repeat_interleave(self.repeats, 1) if self.repeats > 1 else states
+        return states.transpose(2, 3) if self.form == "bhdn" else states
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        answer = ANSWERS.get(func)
+        if answer is not None:
+            result = answer(*args, **(kwargs or {}))
+            if result is not NotImplemented:
+                return result
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            return args[0].as_form(args[0].form)
+        name = func.overloadpacket.__name__
+        return func(
+            *tree_map(lambda x: _decode(x, name), args),
+            **tree_map(lambda x: _decode(x, name), kwargs or {}),
+        )
+
+
+def _shape(shape: tuple[int, int, int, int], form: Form, repeats: int) -> tuple[int, ...]:
+    batch, heads, tokens, head_dim = shape
+    return {
+        "bhnd": (batch, heads * repeats, tokens, head_dim),
+        "bhdn": (batch, heads * repeats, head_dim, tokens),
+        "bh1nd": (batch, heads, 1, tokens, head_dim),
+        "bhrnd": (batch, heads, repeats, tokens, head_dim),
+    }[form]
+
+
+_warned: set[str] = set()
+
+
+def _decode(thing: Any, operation: str) -> Any:
+    """Returns `thing`, decoded if it is a handle."""
+    if not isinstance(thing, Handle):
+        return thing
+    thing.source.count(f"decoded for {operation}")
+    if operation not in _warned and not torch.compiler.is_compiling():
+        _warned.add(operation)
+        warnings.warn(
+            f"the operation '{operation}' is not known on packed {thing.role}s: the layer is "
+            "decoded to a dense tensor for it, which is right but slower",
+            stacklevel=2,
+        )
+    return thing.dense()
+
+
+ANSWERS: dict[Callable, Callable] = {}
+
+
+def _answers(*functions: Callable) -> Callable[[Callable], Callable]:
+    def register(answer: Callable) -> Callable:
+        ANSWERS.update(dict.fromkeys(functions, answer))
+        return answer
+
+    return register
+
+
+def _is_all(index: Any, size: int | None = None) -> bool:
+    """Whether an index takes a dimension (of `size`) whole."""
+    if not isinstance(index, slice) or index.step not in (None, 1):
+        return False
+    return index.start in (None, 0) and index.stop in (None, *([size] if size else []))
+
+
+@_answers(torch.Tensor.__getitem__)
+def _getitem(states: Any, index: Any) -> Any:
+    if not isinstance(states, Handle) or states.form != "bhnd" or not isinstance(index, tuple):
+        return NotImplemented
+    if len(index) == 5 and index[2] is None and states.repeats == 1:
+        whole = all(_is_all(part) for i, part in enumerate(index) if i != 2)
+        return states.as_form("bh1nd") if whole else NotImplemented
+    if len(index) <= 4 and all(_is_all(i, n) for i, n in zip(index, states.shape, strict=False)):
+        return states
+    return NotImplemented
+
+
+def _sizes(sizes: tuple[Any, ...]) -> tuple[int, ...]:
+    return tuple(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], Sequence) else sizes
+
+
+@_answers(torch.Tensor.expand)
+def _expand(states: Any, *sizes: Any) -> Any:
+    wanted = _sizes(sizes)
+    if isinstance(states, Handle) and states.form == "bh1nd" and len(wanted) == 5:
+        return states.as_form("bhrnd", wanted[2])
+    return NotImplemented
+
+
+@_answers(torch.Tensor.reshape)
+def _reshape(states: Any, *sizes: Any) -> Any:
+    if isinstance(states, Handle) and states.form == "bhrnd":
+        merged = states.as_form("bhnd")
+        if _sizes(sizes) == tuple(merged.shape):
+            return merged
+    return NotImplemented
+
+
+@_answers(torch.Tensor.repeat_interleave, torch.repeat_interleave)
+def _repeat_interleave(
+    states: Any, repeats: Any = None, dim: Any = None, **kwargs: Any
+) -> Any:
+    plain = isinstance(states, Handle) and states.form == "bhnd" and states.repeats == 1
+    if plain and isinstance(repeats, int) and dim in (1, -3) and not kwargs:
+        return states.as_form("bhnd", repeats)
+    return NotImplemented
+
+
+@_answers(torch.Tensor.contiguous)
+def _contiguous(states: Any, **kwargs: Any) -> Any:
+    return states if isinstance(states, Handle) else NotImplemented
+
+
+@_answers(torch.Tensor.transpose, torch.transpose)
+def _transpose(states: Any, dim0: int, dim1: int) -> Any:
+    swapped: dict[Form, Form] = {"bhnd": "bhdn", "bhdn": "bhnd"}
+    if isinstance(states, Handle) and states.form in swapped and {dim0 % 4, dim1 % 4} == {2, 3}:
+        return states.as_form(swapped[states.form])
+    return NotImplemented
+
+
+@_answers(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
+def _matmul(left: Any, right: Any) -> Any:
+    if not isinstance(right, Handle) or isinstance(left, Handle) or left.dim() != 4:
+        return NotImplemented
+    result = None
+    if right.role == "key" and right.form == "bhdn":
+        result = right.source.scores(left)
+    elif right.role == "value" and right.form == "bhnd":
+        result = right.source.mix(left)
+    return NotImplemented if result is None else result
+
+
+@_answers(F.scaled_dot_product_attention)
+def _sdpa(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    pair = isinstance(key, Handle) and isinstance(value, Handle) and not isinstance(query, Handle)
+    if not pair or key.source is not value.source or key.form != "bhnd" or value.form != "bhnd":
+        return NotImplemented
+    result = key.source.sdpa(
+        query, mask=attn_mask, dropout=dropout_p, causal=is_causal, scale=scale
+    )
+    return NotImplemented if result is None else result

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention from packed bytes: the public function."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from rq_hf.ops import reference
+from rq_hf.ops.view import LayerView
+
+
+def attend(
+    query: Tensor,
+    view: LayerView,
+    *,
+    scale: float,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Returns softmax(scale q k^T) v over all tokens of a layer, `[B, Hq, L, D]`, query's dtype.
+
+    Args:
+        query: `[B, Hq, L, D]`, Hq a multiple of the layer's Hk, not rotated.
+        view: The layer's keys and values, N tokens.
+        scale: Factor of the inner products.
+        mask: `[B | 1, Hq | 1, L | 1, >= N]`, bool (True: visible) or additive float; None: all
+            visible. A row with everything hidden gives 0.
+        causal: The queries are the newest L tokens and see no later ones. Independent of `mask`.
+        softcap: Scores become `softcap * tanh(scores / softcap)` before masking.
+        sinks: One logit a query head, `[Hq]`, that takes weight and has no value (gpt-oss).
+
+    Raises:
+        ValueError: Shapes do not match.
+    """
+    _check(query, view, mask, sinks)
+    return reference.attend(
+        query, view, scale=scale, mask=mask, causal=causal, softcap=softcap, sinks=sinks
+    )
+
+
+def _check(query: Tensor, view: LayerView, mask: Tensor | None, sinks: Tensor | None) -> None:
+    batch, kv_heads, _, head_dim = view.sinks.keys.shape
+    if query.dim() != 4 or query.shape[0] != batch or query.shape[3] != head_dim:
+        raise ValueError(
+            f"query must be [{batch}, heads, queries, {head_dim}], got {list(query.shape)}"
+        )
+    heads, queries = query.shape[1:3]
+    if heads % kv_heads:
+        raise ValueError(f"query heads must be a multiple of {kv_heads} KV heads, got {heads}")
+    if mask is not None and not _mask_fits(mask, (batch, heads, queries), view.length):
+        raise ValueError(
+            f"mask must be [{batch} or 1, {heads} or 1, {queries} or 1, at least {view.length}], "
+            f"got {list(mask.shape)}"
+        )
+    if sinks is not None and sinks.numel() != heads:
+        raise ValueError(f"sinks must hold one logit for each of {heads} heads, got {sinks.shape}")
+
+
+def _mask_fits(mask: Tensor, rows: tuple[int, int, int], length: int) -> bool:
+    fits = mask.dim() == 4 and mask.shape[3] >= length
+    return fits and all(n in (1, full) for n, full in zip(mask.shape, rows, strict=False))

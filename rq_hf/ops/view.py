@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What attention reads of one layer: a snapshot of its exact rows and packed tiles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rq_hf.quant.preconditioning import Preconditioner
+from rq_hf.quant.tiles import TileCodec
+
+
+@dataclass(frozen=True, eq=False)
+class ExactRows:
+    """Tokens kept as they are.
+
+    Attributes:
+        keys: `[B, Hk, n, D]`, the model's dtype.
+        values: Same shape and dtype.
+        index: Places of the rows in the sequence, int64 `[n]`, or `[B, n]` where they differ by
+            sequence.
+    """
+
+    keys: Tensor
+    values: Tensor
+    index: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class LayerView:
+    """Keys and values of one layer as they were when the view was taken.
+
+    The store never writes to a row that a view shows, so a view stays right whatever is stored
+    later. The place of a token in the sequence ("index") counts padding.
+
+    Attributes:
+        sinks: The first tokens, exact. With left padding these are each sequence's first real
+            tokens; they then hide the packed or exact rows of the same index.
+        packed_start: Index of the first packed token.
+        packed_length: Packed tokens; only the last tile may be partly used.
+        records: Packed words, int32 `[B, Hk, tiles, W]`.
+        scales: Scales, float16 `[B, Hk, tiles, S, T]`.
+        codec: What decodes them.
+        preconditioner: What was done to keys and values before; None for nothing.
+        recent: The newest tokens, exact, oldest first, in one piece or more.
+        padding: Left padding of each sequence, int64 `[B]`; None for none.
+    """
+
+    sinks: ExactRows
+    packed_start: int
+    packed_length: int
+    records: Tensor
+    scales: Tensor
+    codec: TileCodec
+    preconditioner: Preconditioner | None
+    recent: tuple[ExactRows, ...]
+    padding: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence."""
+        recent = sum(rows.keys.shape[2] for rows in self.recent)
+        return self.sinks.keys.shape[2] + self.packed_length + recent
+
+    @property
+    def hidden_before(self) -> Tensor | None:
+        """Index `[B]` before which packed and recent rows are padding or copies of the sinks."""
+        return None if self.padding is None else self.padding + self.sinks.keys.shape[2]
+
+    def decode_tiles(
+        self, start: int, stop: int, *, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Returns keys and values of the tokens in tiles `start` to `stop`, `[B, Hk, n, D]`."""
+        length = self.codec.layout.tile_length
+        count = min(stop * length, self.packed_length) - start * length
+        states = self.codec.decode(self.records[:, :, start:stop], self.scales[:, :, start:stop])
+        key, value = (x[:, :, :count] for x in states)
+        if self.preconditioner is not None:
+            at = self.packed_start + start * length
+            key = self.preconditioner.restore_keys(key, at, dtype)
+            value = self.preconditioner.restore_values(value, dtype)
+        return key.to(dtype), value.to(dtype)
+
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """Returns all keys and values `[B, Hk, length, D]` in order, packed ones decoded."""
+        dtype = self.sinks.keys.dtype
+        packed = self.decode_tiles(0, self.records.shape[2], dtype=dtype)
+        keys = [self.sinks.keys, packed[0], *(rows.keys for rows in self.recent)]
+        values = [self.sinks.values, packed[1], *(rows.values for rows in self.recent)]
+        key, value = torch.cat(keys, 2), torch.cat(values, 2)
+        if self.padding is not None:
+            at = self.sinks.index[:, None, :, None].expand_as(self.sinks.keys)
+            key.scatter_(2, at, self.sinks.keys)
+            value.scatter_(2, at, self.sinks.values)
+        return key, value

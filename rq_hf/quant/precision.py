@@ -1,0 +1,13 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Guards that keep the surroundings of a call from changing its numbers."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Context in which matrix products keep their dtype, whatever the caller has switched on."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is learnt from queries and masks until a layer's statistics are frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# rows of the attention weights that are looked at for columns without any weight
+_LAST_ROWS = 64
+
+
+class QueryStatistics:
+    """Mean square of the queries by channel, and the left padding of each sequence."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+        self.count: Tensor | None = None
+        self.padding: Tensor | None = None
+
+    @property
+    def power(self) -> Tensor | None:
+        """Mean square `[B, Hk, D]`, heads of a group averaged; None while no query was seen."""
+        if self.total is None or self.count is None:
+            return None
+        return self.total / self.count.clamp_min(1)[:, None, None]
+
+    def observe(self, query: Tensor, kv_heads: int, valid: Tensor | None) -> None:
+        """Adds queries `[B, Hq, L, D]`, those that are `valid` `[B, L]` (all if None)."""
+        square = query.detach().float().square()
+        if valid is not None:
+            square = square.masked_fill(~valid[:, None, :, None], 0.0)
+        batch, heads, rows, head_dim = square.shape
+        total = square.unflatten(1, (kv_heads, -1)).sum((2, 3))
+        seen = valid.sum(1) if valid is not None else torch.full((batch,), rows, device=query.device)
+        count = seen.float() * (heads // kv_heads)
+        self.total = total if self.total is None else self.total + total
+        self.count = count if self.count is None else self.count + count
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Applies `function` to every tensor, all batch first."""
+        for name in ("total", "count", "padding"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                setattr(self, name, function(tensor))
+
+
+def padding_of_mask(mask: Tensor | None, batch: int) -> Tensor | None:
+    """Returns the left padding `[B]` that a mask `[B | 1, any, L, N]` shows; None for none.
+
+    The newest query sees all tokens but padding, so its hidden columns at the start are that.
+    """
+    if mask is None:
+        return None
+    row = mask[:, 0, -1]
+    visible = row if row.dtype == torch.bool else row > torch.finfo(row.dtype).min / 2
+    return _leading(~visible, batch)
+
+
+def padding_of_weights(weights: Tensor) -> Tensor | None:
+    """Returns the left padding `[B]` that attention weights `[B, Hq, L, N]` show.
+
+    Padding gets a weight of exactly zero from every head of each of the newest queries.
+    """
+    return _leading((weights[:, :, -_LAST_ROWS:] == 0).all(2).all(1), weights.shape[0])
+
+
+def _leading(hidden: Tensor, batch: int) -> Tensor | None:
+    """Returns how many True each row `[N]` starts with; None if no row does."""
+    count = hidden.long().cumprod(-1).sum(-1).expand(batch)
+    # a row with nothing visible tells nothing
+    count = count.masked_fill(hidden.all(-1).expand(batch), 0)
+    return count.clone() if bool(count.any()) else None

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Growing buffers of one layer: exact rows and packed tiles. No mathematics.
+
+The tokens of a sequence lie, oldest first, in
+
+    | sinks: exact | packed tiles of T tokens | tail: exact |
+
+Sinks and tail share one buffer, sinks first. Only the last tile may hold fewer than T tokens: it
+was cut open by a crop, or sealed early. Every buffer has rows for a whole batch, so all sequences
+of a batch have the same length; padding counts as tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+
+class RowBuffer:
+    """Tensors that grow together along dimension 2, of which the first `length` rows are used."""
+
+    def __init__(self, *empty: Tensor) -> None:
+        """Starts from tensors `[B, Hk, 0, ...]`, which give batch, heads, dtype and device."""
+        self.tensors = list(empty)
+        self.length = 0
+
+    @property
+    def capacity(self) -> int:
+        return self.tensors[0].shape[2]
+
+    def append(self, *rows: Tensor) -> None:
+        """Copies `rows`, one tensor `[B, Hk, n, ...]` for each of the buffer's, behind the last.
+
+        Rows in use are never written to, so views of them stay as they are.
+        """
+        end = self.length + rows[0].shape[2]
+        self.reserve(end)
+        for tensor, new in zip(self.tensors, rows, strict=True):
+            tensor[:, :, self.length : end] = new
+        self.length = end
+
+    def reserve(self, rows: int) -> None:
+        """Makes room for `rows` rows: exactly that at first, later with 1/32 to spare.
+
+        A small surplus keeps the held bytes near the nominal ones; appends stay amortised, since
+        each growth copies at most 32 times what it adds.
+        """
+        if rows <= self.capacity:
+            return
+        capacity = rows if self.capacity == 0 else rows + max(1, rows // 32)
+        for i, old in enumerate(self.tensors):
+            # a buffer made in inference mode could not be written outside of it
+            with torch.inference_mode(False):
+                new = old.new_empty(*old.shape[:2], capacity, *old.shape[3:])
+            new[:, :, : self.length] = old[:, :, : self.length]
+            self.tensors[i] = new
+
+    def view(self, start: int = 0, stop: int | None = None) -> list[Tensor]:
+        """Returns views of rows `start` to `stop` (the last used row if None)."""
+        stop = self.length if stop is None else stop
+        return [tensor[:, :, start:stop] for tensor in self.tensors]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Replaces the used rows of every tensor by `function` of them, without spare room."""
+        with torch.inference_mode(False):
+            self.tensors = [function(t[:, :, : self.length]).contiguous() for t in self.tensors]
+
+
+class LayerStore:
+    """Exact rows and packed tiles of one layer."""
+
+    def __init__(self, *, sink_length: int, tile_length: int, exact: RowBuffer, tiles: RowBuffer):
+        """Takes empty buffers: `exact` of (keys, values), `tiles` of (records, scales)."""
+        self.sink_length = sink_length
+        self.tile_length = tile_length
+        self.exact = exact
+        self.tiles = tiles
+        self.packed_length = 0
+
+    @property
+    def sinks(self) -> int:
+        """Exact rows at the head of the sequence."""
+        return min(self.sink_length, self.exact.length)
+
+    @property
+    def tail(self) -> int:
+        """Exact rows at the end of the sequence."""
+        return self.exact.length - self.sinks
+
+    @property
+    def length(self) -> int:
+        """Tokens stored."""
+        return self.exact.length + self.packed_length
+
+    @property
+    def open_tokens(self) -> int:
+        """Tokens in the last tile if it is not full, else 0."""
+        return self.packed_length % self.tile_length
+
+    def push_tiles(self, records: Tensor, scales: Tensor, tokens: int) -> None:
+        """Appends tiles `[B, Hk, n, ...]`; an open last tile is replaced by the first of them.
+
+        Args:
+            records: Packed words of the tiles, the open tile's own tokens merged in.
+            scales: Their scales.
+            tokens: Packed tokens by which the store grows.
+        """
+        self.tiles.length -= int(self.open_tokens > 0)
+        self.tiles.append(records, scales)
+        self.packed_length += tokens
+
+    def replace_exact(self, keys: Tensor, values: Tensor) -> None:
+        """Puts other exact rows, sinks first, in place of all that are there.
+
+        They get buffers of their own, with room for a tile more.
+        """
+        exact = RowBuffer(*(tensor[:, :, :0] for tensor in self.exact.tensors))
+        exact.reserve(keys.shape[2] + self.tile_length)
+        exact.append(keys, values)
+        self.exact = exact
+
+    def crop(self, tokens: int) -> None:
+        """Drops the newest `tokens` tokens. What stays keeps its codes bit for bit."""
+        from_tail = min(tokens, self.tail)
+        from_packed = min(tokens - from_tail, self.packed_length)
+        self.exact.length -= from_tail
+        self.packed_length -= from_packed
+        self.tiles.length = -(-self.packed_length // self.tile_length)
+        self.exact.length = max(0, self.exact.length - (tokens - from_tail - from_packed))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Replaces all tensors by `function` of their used part (batch selection, device)."""
+        self.exact.map(function)
+        self.tiles.map(function)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yields every tensor held."""
+        yield from self.exact.tensors
+        yield from self.tiles.tensors

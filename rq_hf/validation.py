@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a cache layer accepts; every refusal happens before anything is stored."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 512
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_states(key: Tensor, value: Tensor, layer: str) -> None:
+    """Refuses states that no layer can store.
+
+    Args:
+        key: New keys `[B, Hk, t, D]`.
+        value: New values, same shape and dtype.
+        layer: Name of the layer for the message.
+
+    Raises:
+        ValueError: Wrong rank, shapes that differ, unsupported dtype or head_dim.
+    """
+    if key.dim() != 4 or value.dim() != 4:
+        raise ValueError(
+            f"{layer}: keys and values must be [batch, kv_heads, tokens, head_dim], "
+            f"got {list(key.shape)} and {list(value.shape)}"
+        )
+    if key.shape != value.shape:
+        raise ValueError(
+            f"{layer}: keys {list(key.shape)} and values {list(value.shape)} must have one shape; "
+            "models whose keys and values differ (multi-head latent attention) need DynamicCache"
+        )
+    if key.dtype != value.dtype or key.dtype not in DTYPES:
+        raise ValueError(
+            f"{layer}: keys and values must share one dtype of float32, bfloat16 or float16, "
+            f"got {key.dtype} and {value.dtype}"
+        )
+    if not MIN_HEAD_DIM <= key.shape[3] <= MAX_HEAD_DIM:
+        raise ValueError(
+            f"{layer}: head_dim must be {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {key.shape[3]}"
+        )
+
+
+def check_unchanged(
+    key: Tensor, shape: tuple[int, int, int], dtype: torch.dtype, layer: str
+) -> None:
+    """Refuses new keys that do not continue the stored ones.
+
+    Raises:
+        ValueError: Batch, heads, head_dim or dtype differ from those stored.
+    """
+    new = (key.shape[0], key.shape[1], key.shape[3])
+    if new != shape:
+        raise ValueError(
+            f"{layer}: the cache holds (batch, kv_heads, head_dim) = {shape}, got {new}; use a new "
+            "cache for another model or batch, or reset() this one"
+        )
+    if key.dtype != dtype:
+        raise ValueError(
+            f"{layer}: the cache holds {dtype}, got {key.dtype}; use a new cache, or reset()"
+        )
+
+
+def check_finite(key: Tensor, value: Tensor, layer: str) -> None:
+    """Refuses NaN and infinity.
+
+    On a GPU one new token is not looked at, since the answer would have to be waited for in every
+    layer of every step; the tile it ends up in is.
+
+    Raises:
+        ValueError: A key or value is not finite.
+    """
+    if key.is_cuda and key.shape[2] == 1:
+        return
+    for name, states in (("key", key), ("value", value)):
+        if not torch.isfinite(states).all():
+            bad = int((~torch.isfinite(states)).sum())
+            raise ValueError(
+                f"{layer}: {bad} of {states.numel()} new {name} numbers are NaN or infinite; "
+                "nothing was stored. Look at the model's inputs, weights and dtype"
+            )

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cache inside real model classes: generate() flows, kinds of layers, refusals, memory."""
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from support.models import make_model, make_tokens
+from support.oracle import make_oracle
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
+from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionLayer
+
+from rq_hf import RotorQuantCache, RotorQuantConfig
+from rq_hf.layers import RotorQuantLayer
+
+SMALL: dict[str, Any] = {
+    "residual_length": 32,
+    "nbits": 4,
+    "key_mean": "none",
+    "balance": False,
+    "value_mean": False,
+}
+DECODERS = ["llama", "qwen2", "mistral-sliding", "gemma3", "gpt2", "qwen3-next"]
+
+
+@pytest.fixture(scope="module")
+def llama() -> PreTrainedModel:
+    return make_model("llama")
+
+
+def generate(model: PreTrainedModel, tokens: torch.Tensor, cache: Any, **options: Any) -> Any:
+    options = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 0} | options
+    options.setdefault("attention_mask", torch.ones_like(tokens))
+    torch.manual_seed(0)
+    return model.generate(tokens, past_key_values=cache, **options)
+
+
+def assert_generates_as_oracle(model: PreTrainedModel, length: int = 300, **options: Any) -> None:
+    tokens = make_tokens(length, batch=2)
+    cache = RotorQuantCache(config=model.config, **SMALL)
+    oracle = make_oracle(cache)
+    mine = generate(model, tokens, cache, **options)
+    theirs = generate(model, tokens, oracle, **options)
+    assert torch.equal(mine, theirs)
+    assert all(x.store.packed_length > 0 for x in cache.packed_layers)
+
+
+FLOWS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sample": {"do_sample": True, "num_return_sequences": 2},
+    "beam": {"num_beams": 3},
+    "beam-sample": {"num_beams": 2, "do_sample": True},
+    "long": {"max_new_tokens": 150},
+}
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+def test_generate_gives_the_oracles_tokens(llama: PreTrainedModel, flow: str) -> None:
+    assert_generates_as_oracle(llama, **FLOWS[flow])
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_families_generate_the_oracles_tokens(family: str) -> None:
+    assert_generates_as_oracle(make_model(family))
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_logits_are_the_models_own_while_nothing_is_packed(family: str) -> None:
+    model = make_model(family)
+    tokens = make_tokens(100)
+    mine = generate(model, tokens, RotorQuantCache(config=model.config))
+    assert torch.equal(mine, generate(model, tokens, DynamicCache(config=model.config)))
+
+
+def test_prompt_lookup_crops_and_goes_on(llama: PreTrainedModel) -> None:
+    tokens = make_tokens(30).repeat(1, 10)
+    cache = RotorQuantCache(config=llama.config, **SMALL)
+    oracle = make_oracle(cache)
+    options = {"prompt_lookup_num_tokens": 5, "max_new_tokens": 60}
+    assert torch.equal(
+        generate(llama, tokens, cache, **options), generate(llama, tokens, oracle, **options)
+    )
+    assert cache.get_seq_length() == tokens.shape[1] + 59
+
+
+def test_a_left_padded_sequence_is_continued_as_it_is_alone(llama: PreTrainedModel) -> None:
+    # padding of whole tiles, so that alone or padded the same tokens are packed
+    alone = make_tokens(300)
+    tokens = torch.cat((torch.zeros(1, 128, dtype=torch.long), alone), 1)
+    tokens = torch.cat((tokens, make_tokens(428, seed=1)))
+    mask = torch.ones_like(tokens)
+    mask[0, :128] = 0
+    settings = {**SMALL, "key_mean": "auto", "balance": True, "value_mean": True}
+    for attention in ("sdpa", "eager"):
+        llama.set_attn_implementation(attention)
+        cache = RotorQuantCache(config=llama.config, **settings)
+        padded = generate(llama, tokens, cache, attention_mask=mask)
+        expected = generate(llama, alone, RotorQuantCache(config=llama.config, **settings))
+        assert torch.equal(padded[:1, 128:], expected)
+        assert cache.layers[0].padding.tolist() == [128, 0]
+    llama.set_attn_implementation("sdpa")
+
+
+def test_several_turns_on_one_cache_and_a_copied_prefix(llama: PreTrainedModel) -> None:
+    prefix = make_tokens(300)
+    cache = RotorQuantCache(config=llama.config, **SMALL)
+    with torch.no_grad():
+        llama(prefix, past_key_values=cache)
+    for seed in (1, 2):
+        turn = torch.cat((prefix, make_tokens(60, seed=seed)), 1)
+        continued = generate(llama, turn, copy.deepcopy(cache))
+        again = generate(llama, turn, copy.deepcopy(cache))
+        assert torch.equal(continued, again)
+    assert cache.get_seq_length() == 300
+
+
+def test_reset_then_another_batch_size(llama: PreTrainedModel) -> None:
+    cache = RotorQuantCache(config=llama.config, **SMALL)
+    generate(llama, make_tokens(300), cache)
+    cache.reset()
+    tokens = make_tokens(300, batch=3)
+    fresh = generate(llama, tokens, RotorQuantCache(config=llama.config, **SMALL))
+    assert torch.equal(generate(llama, tokens, cache), fresh)
+
+
+def test_without_a_config_layers_appear_as_they_are_used(llama: PreTrainedModel) -> None:
+    cache = RotorQuantCache(**SMALL)
+    with_config = RotorQuantCache(config=llama.config, **SMALL)
+    tokens = make_tokens(300)
+    assert torch.equal(generate(llama, tokens, cache), generate(llama, tokens, with_config))
+    assert [layer.layer_idx for layer in cache.layers] == [0, 1]
+
+
+def test_layers_of_other_kinds_keep_the_hosts_classes() -> None:
+    gemma = RotorQuantCache(config=make_model("gemma3").config)
+    assert [type(x) for x in gemma.layers] == [DynamicSlidingWindowLayer, RotorQuantLayer]
+    mistral = RotorQuantCache(config=make_model("mistral-sliding").config)
+    assert [type(x) for x in mistral.layers] == [DynamicSlidingWindowLayer] * 2
+    qwen3_next = RotorQuantCache(config=make_model("qwen3-next").config)
+    assert [type(x) for x in qwen3_next.layers] == [LinearAttentionLayer, RotorQuantLayer]
+
+
+def test_latent_attention_stays_exact_with_a_warning() -> None:
+    model = make_model("deepseek-v2")
+    with pytest.warns(UserWarning, match="latent attention is cached exactly"):
+        cache = RotorQuantCache(config=model.config)
+    assert cache.packed_layers == []
+    tokens = make_tokens(200)
+    mine = generate(model, tokens, cache)
+    assert torch.equal(mine, generate(model, tokens, DynamicCache(config=model.config)))
+
+
+def test_encoder_decoder_takes_a_pair_and_refuses_one() -> None:
+    model = make_model("bart")
+    with pytest.raises(ValueError, match="EncoderDecoderCache"):
+        RotorQuantCache(config=model.config)
+    tokens = make_tokens(20)
+    pair = EncoderDecoderCache(RotorQuantCache(), DynamicCache())
+    plain = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    assert torch.equal(generate(model, tokens, pair), generate(model, tokens, plain))
+
+
+def test_another_model_is_refused_and_the_cache_is_as_it_was(llama: PreTrainedModel) -> None:
+    cache = RotorQuantCache(config=llama.config, **SMALL)
+    generate(llama, make_tokens(300), cache)
+    keys = [layer.keys for layer in cache.layers]
+    state = make_tokens(1).float()[:, :, None, None].expand(1, 4, 1, 64)
+    with pytest.raises(ValueError, match="layer 0: the cache holds .*1, 2, 64.*got .1, 4, 64."):
+        cache.update(state, state, 0)
+    with pytest.raises(ValueError, match="layer 2: the cache was made for a model with 2 layers"):
+        cache.update(state[:, :2], state[:, :2], 2)
+    assert all(torch.equal(x.keys, k) for x, k in zip(cache.layers, keys, strict=True))
+
+
+def test_settings_are_checked_at_the_door(llama: PreTrainedModel) -> None:
+    with pytest.raises(ValueError, match="nbits must be one of 2, 3, 4, got 7"):
+        RotorQuantCache(config=llama.config, nbits=7)
+    with pytest.raises(ValueError, match="unknown settings: bits; accepted are nbits"):
+        RotorQuantCache(config=llama.config, bits=3)
+    with pytest.raises(ValueError, match="either quantization or single settings"):
+        RotorQuantCache(quantization=RotorQuantConfig(), nbits=3)
+
+
+@pytest.mark.parametrize("nbits", [2, 3, 4])
+def test_held_bytes_are_what_the_bits_say(llama: PreTrainedModel, nbits: int) -> None:
+    cache = RotorQuantCache(config=llama.config, nbits=nbits)
+    states = torch.randn(1, 2, 8192, 64)
+    for layer in range(2):
+        cache.update(states, states, layer)
+    memory = cache.memory()
+    codes_and_scales = nbits + 16 / 64
+    assert memory.nominal_bits == codes_and_scales
+    assert memory.bits_per_number == pytest.approx(codes_and_scales, rel=1e-6)
+    numbers = 2 * 2 * 2 * 64
+    packed = (8192 - 4 - 128) // 128 * 128 if nbits < 4 else (8192 - 4 - 128) // 64 * 64
+    assert memory.packed_numbers == packed * numbers
+    # a tile's worth of spare room
+    tile = 128 if nbits < 4 else 64
+    assert memory.exact_bytes == (8192 - packed + tile) * numbers * 4
+    assert memory.dense_bytes == 8192 * numbers * 4 == 2 * memory.dense_bf16_bytes
+    parts = (memory.packed_bytes, memory.exact_bytes, memory.statistics_bytes)
+    assert memory.held_bytes == sum(parts) + memory.constant_bytes
+    assert memory.statistics_bytes == 2 * 4 * 2 * 64 * 4
+    assert f"{codes_and_scales:.3f} nominal" in str(memory)
+
+
+def test_spare_room_is_counted(llama: PreTrainedModel) -> None:
+    cache = RotorQuantCache(config=llama.config, **SMALL)
+    generate(llama, make_tokens(300), cache, max_new_tokens=200)
+    tiles = [layer.store.tiles for layer in cache.packed_layers]
+    held = sum(t.numel() * t.itemsize for x in tiles for t in x.tensors)
+    assert cache.memory().packed_bytes == held
+
+
+def test_describe_says_what_each_layer_holds() -> None:
+    model = make_model("gemma3")
+    cache = RotorQuantCache(config=model.config)
+    assert "layer 1: packed, nothing stored yet" in cache.describe()
+    generate(model, make_tokens(400), cache)
+    first, second = cache.describe().splitlines()
+    assert first == "layer 0: exact (DynamicSlidingWindowLayer, window 32)"
+    assert second.startswith("layer 1: 4 exact sinks | 256 tokens packed in 2 tiles of 128")
+
+
+def test_offload_keyword_is_the_hosts(llama: PreTrainedModel) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert RotorQuantCache(config=llama.config, offloading=False).offloading is False

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README's Python code runs as it stands, one block after the other."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rq_hf import RotorQuantCache, RotorQuantConfig
+from rq_hf.config import CHOICES
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+
+
+def test_code_runs(
+    saved_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # a folder of that name below the working directory comes before the hub
+    (name,) = re.findall(r'^name = "(.*)"$', README, flags=re.MULTILINE)
+    folder = tmp_path / name
+    folder.parent.mkdir(parents=True)
+    folder.symlink_to(saved_model)
+    monkeypatch.chdir(tmp_path)
+
+    variables: dict[str, Any] = {}
+    for block in BLOCKS:
+        exec(block, variables)
+    prompt = variables["inputs"].input_ids
+    assert torch.equal(variables["tokens"][:, : prompt.shape[1]], prompt)
+    assert isinstance(variables["cache"], RotorQuantCache)
+    # the last token is never fed back
+    assert variables["cache"].get_seq_length() == prompt.shape[1] + 8 - 1
+    assert "bits a number" in capsys.readouterr().out
+
+
+def test_settings_table_states_the_defaults() -> None:
+    stated = dict(re.findall(r"^\| `(\w+)` \| `(.*?)` \|", README, flags=re.MULTILINE))
+    defaults = {
+        name: repr(field.default).replace("'", '"')
+        for name, field in RotorQuantConfig.__dataclass_fields__.items()
+        if name != "strict"  # for evaluation only
+    }
+    assert stated == defaults
+
+
+@pytest.mark.parametrize("value", [v for values in CHOICES.values() for v in values])
+def test_every_choice_is_named(value: str) -> None:
+    assert value in README
