@@ -46,22 +46,22 @@ $(VENV)/.installed-torch:
 	$(PYTHON) -m venv $(VENV)
 ifeq ($(CPU_LINUX),yes)
 	@echo "No NVIDIA GPU found: installing the CPU build of torch"
-	$(PY) $(PIP_INSTALL) --retries 1 --timeout 20 --extra-index-url $(CPU_INDEX) "$(TORCH)+cpu" \
+	$(PY) $(PIP_INSTALL) --no-deps --retries 1 --timeout 20 --extra-index-url $(CPU_INDEX) "$(TORCH)+cpu" \
 	  || { echo "No CPU build for this Python could be had; installing PyPI's build (large)"; \
 	       $(PY) $(PIP_INSTALL) "$(TORCH)"; }
 else
 	$(PY) $(PIP_INSTALL) "$(TORCH)"
 endif
+	@touch $@
+
+# the project itself with the extra of that name, and what torch needs
+$(VENV)/.installed-%: $(VENV)/.installed-torch pyproject.toml
+	$(PY) $(PIP_INSTALL) --editable ".[$*]"
 	@$(PY) -c 'import torch; print("torch", torch.__version__, "for CUDA", torch.version.cuda)'
 ifeq ($(CPU_LINUX),yes)
 	@$(PY) -c 'import torch, sys; sys.exit(torch.version.cuda is not None)' \
 	  || echo "Note: a CUDA build of torch on a machine without a GPU; it works, but is large"
 endif
-	@touch $@
-
-# the project itself with the extra of that name
-$(VENV)/.installed-%: $(VENV)/.installed-torch pyproject.toml
-	$(PY) $(PIP_INSTALL) --editable ".[$*]"
 	@touch $@
 
 # shares every package of $(VENV) but transformers and what that needs older

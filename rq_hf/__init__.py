@@ -7,11 +7,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rq_hf.cache import RotorQuantCache
     from rq_hf.config import RotorQuantConfig
+    from rq_hf.integration import use_rotorquant
 
 __version__ = "0.1.0"
-__all__ = ["RotorQuantCache", "RotorQuantConfig", "__version__"]
+__all__ = ["RotorQuantCache", "RotorQuantConfig", "__version__", "use_rotorquant"]
 
-_HOMES = {"RotorQuantCache": "rq_hf.cache", "RotorQuantConfig": "rq_hf.config"}
+_HOMES = {
+    "RotorQuantCache": "rq_hf.cache",
+    "RotorQuantConfig": "rq_hf.config",
+    "use_rotorquant": "rq_hf.integration",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
 from typing import Any
@@ -15,13 +16,19 @@ from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
     Cache,
     CacheLayerMixin,
+    DynamicLayer,
     get_layer_types_and_kwargs,
 )
 
+from rq_hf.attention import register
 from rq_hf.config import RotorQuantConfig
 from rq_hf.layers import RotorQuantLayer
 from rq_hf.memory import CacheMemory, reachable_tensors, storage_bytes
+from rq_hf.quant.rope import RopeTable
 from rq_hf.rope import rope_tables
+
+# the name can be set on a model as soon as there is a cache for it
+register()
 
 BF16_BYTES = 2
 # attention implementations that take keys and values as handles; others get dense tensors
@@ -37,14 +44,16 @@ class RotorQuantCache(Cache):
     Args:
         config: The model's config; it tells the kind of every layer. Without it all layers count
             as full attention, made at their first update.
-        quantization: How to store; the default is `RotorQuantConfig()`.
+        quantization: How to store, in full.
+        preset: A named method to start from: "near-lossless" (default), "rotorquant" or
+            "turboquant", see `RotorQuantConfig.from_preset`.
         offloading: Keep layers on the CPU while they are not in use, as in `DynamicCache`.
         offload_only_non_sliding: Leave sliding layers where they are.
-        **settings: Fields of `RotorQuantConfig`, in place of `quantization`: `nbits=4`, ...
+        **settings: Fields of `RotorQuantConfig`, in place of the preset's: `nbits=4`, ...
 
     Raises:
-        ValueError: A setting is out of range, both `quantization` and settings are given, or
-            `config` is of an encoder-decoder model.
+        ValueError: A setting is out of range or given beside `quantization`, or `config` is of an
+            encoder-decoder model.
 
     Example:
         >>> cache = RotorQuantCache(config=model.config, nbits=3)
@@ -57,13 +66,14 @@ class RotorQuantCache(Cache):
         config: PreTrainedConfig | None = None,
         *,
         quantization: RotorQuantConfig | None = None,
+        preset: str | None = None,
         offloading: bool = False,
         offload_only_non_sliding: bool = True,
         **settings: Any,
     ) -> None:
-        self.quantization = _resolve(quantization, settings)
+        self.quantization = _resolve(quantization, preset, settings)
         layers = None if config is None else _make_layers(config, self.quantization)
-        make_layer = partial(RotorQuantLayer, self.quantization) if layers is None else None
+        make_layer = partial(_make_layer, self.quantization) if layers is None else None
         super().__init__(
             layers=layers,
             layer_class_to_replicate=make_layer,
@@ -131,10 +141,13 @@ class RotorQuantCache(Cache):
         return "\n".join(_describe(i, layer) for i, layer in enumerate(self.layers))
 
 
-def _resolve(quantization: RotorQuantConfig | None, settings: dict[str, Any]) -> RotorQuantConfig:
-    if quantization is not None and settings:
+def _resolve(
+    quantization: RotorQuantConfig | None, preset: str | None, settings: dict[str, Any]
+) -> RotorQuantConfig:
+    given = [*settings, *(["preset"] if preset else [])]
+    if quantization is not None and given:
         raise ValueError(
-            f"give either quantization or single settings, got both: {', '.join(settings)}"
+            f"give either quantization or single settings, got both: {', '.join(given)}"
         )
     known = [field.name for field in fields(RotorQuantConfig)]
     unknown = [name for name in settings if name not in known]
@@ -142,7 +155,20 @@ def _resolve(quantization: RotorQuantConfig | None, settings: dict[str, Any]) ->
         raise ValueError(
             f"unknown settings: {', '.join(unknown)}; accepted are {', '.join(known)}"
         )
-    return quantization or RotorQuantConfig(**settings)
+    return quantization or RotorQuantConfig.from_preset(preset or "near-lossless", **settings)
+
+
+def _make_layer(
+    quantization: RotorQuantConfig,
+    layer_idx: int,
+    rope: RopeTable | None = None,
+    gives_handles: Callable[[], bool] = lambda: True,
+) -> CacheLayerMixin:
+    """Returns a packed layer, or the host's exact one where the settings ask for it."""
+    of_layer = quantization.for_layer(layer_idx)
+    if of_layer is None:
+        return DynamicLayer()
+    return RotorQuantLayer(of_layer, layer_idx, rope, gives_handles)
 
 
 def _make_layers(config: PreTrainedConfig, quantization: RotorQuantConfig) -> list[Any]:
@@ -165,7 +191,7 @@ def _make_layers(config: PreTrainedConfig, quantization: RotorQuantConfig) -> li
             stacklevel=3,
         )
     return [
-        RotorQuantLayer(quantization, i, ropes[i] if i < len(ropes) else None, gives_handles)
+        _make_layer(quantization, i, ropes[i] if i < len(ropes) else None, gives_handles)
         if kind == "full_attention" and not latent
         else DYNAMIC_LAYER_TYPE_MAPPING[kind](**option)
         for i, (kind, option) in enumerate(zip(types, options, strict=True))

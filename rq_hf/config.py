@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -17,18 +17,37 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "key_mean": ("auto", "pre_rope", "post_rope", "none"),
     "path": ("auto", "dense"),
 }
-BITS = (2, 3, 4)
+BITS = (2, 3, 4, 8)
+EXACT_BITS = 16
+
+# the papers' methods: vectors as they come, norms stored, no token or channel treated apart
+_PAPER: dict[str, Any] = {
+    "scale": "norm",
+    "sketch": "gaussian",
+    "estimator": "unbiased",
+    "key_mean": "none",
+    "balance": False,
+    "value_mean": False,
+    "sink_length": 0,
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    "near-lossless": {},
+    "rotorquant": {**_PAPER, "rotation": "rotor"},
+    "turboquant": {**_PAPER, "rotation": "dense", "codebook": "beta"},
+}
 
 
 @dataclass(frozen=True)
 class RotorQuantConfig:
-    """How keys and values are stored. All layers of a cache share one configuration.
+    """How keys and values are stored.
 
     Args:
-        nbits: Bits a stored number for keys and values alike: 2, 3 or 4.
+        nbits: Bits a stored number for keys and values alike: 2, 3, 4 or 8.
         key_bits: Bits of a key coordinate, `nbits` if None. With `key_codec="prod"` one of them
             is the sign bit of the residual's sketch.
         value_bits: Bits of a value coordinate, `nbits` if None.
+        layer_bits: Bits of single layers, by their place in the model, for keys and values alike:
+            2, 3, 4, 8, or 16 for a layer that stays exact.
         residual_length: The newest tokens of a sequence that always stay exact. Tokens older
             than these are packed a whole tile (64 or 128 tokens) at a time.
         sink_length: The first tokens of a sequence that always stay exact: attention leans on
@@ -64,6 +83,7 @@ class RotorQuantConfig:
     nbits: int = 3
     key_bits: int | None = None
     value_bits: int | None = None
+    layer_bits: Mapping[int, int] | None = None
     residual_length: int = 128
     sink_length: int = 4
     rotation: str = "butterfly"
@@ -86,6 +106,8 @@ class RotorQuantConfig:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, self.nbits)
             _check_choice(name, getattr(self, name), BITS)
+        if self.layer_bits is not None:
+            object.__setattr__(self, "layer_bits", _check_layer_bits(self.layer_bits))
         for name, choices in CHOICES.items():
             _check_choice(name, getattr(self, name), choices)
         _check_count("residual_length", self.residual_length, minimum=0)
@@ -97,6 +119,31 @@ class RotorQuantConfig:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
 
+    @classmethod
+    def from_preset(cls, preset: str, **settings: Any) -> RotorQuantConfig:
+        """Returns the configuration of a named method, with `settings` in place of its own.
+
+        Args:
+            preset: "near-lossless" (the defaults), "rotorquant" (one layer of random rotors, the
+                original) or "turboquant" (dense rotation, Beta codebook, arXiv 2504.19874). The
+                latter two store keys by Algorithm 1; `key_codec="prod"` gives Algorithm 2.
+            **settings: Fields of this class.
+
+        Raises:
+            ValueError: Unknown preset, or a setting out of range.
+        """
+        _check_choice("preset", preset, tuple(PRESETS))
+        return cls(**{**PRESETS[preset], **settings})
+
+    def for_layer(self, layer_idx: int) -> RotorQuantConfig | None:
+        """Returns the configuration of one layer; None for a layer that stays exact."""
+        bits = (self.layer_bits or {}).get(layer_idx)
+        if bits is None:
+            return self
+        if bits == EXACT_BITS:
+            return None
+        return replace(self, key_bits=bits, value_bits=bits)
+
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as plain values; `RotorQuantConfig(**d)` builds an equal object."""
         return asdict(self)
@@ -106,6 +153,16 @@ def _check_choice(name: str, value: object, accepted: Sequence[object]) -> None:
     if isinstance(value, bool) or value not in accepted:
         listed = ", ".join(repr(choice) for choice in accepted)
         raise ValueError(f"{name} must be one of {listed}, got {value!r}")
+
+
+def _check_layer_bits(layer_bits: object) -> dict[int, int]:
+    accepted = (*BITS, EXACT_BITS)
+    if not isinstance(layer_bits, Mapping):
+        raise ValueError(f"layer_bits must map layers to bits, got {layer_bits!r}")
+    for layer, bits in layer_bits.items():
+        _check_count("a layer in layer_bits", layer, minimum=0)
+        _check_choice(f"layer_bits[{layer}]", bits, accepted)
+    return dict(layer_bits)
 
 
 def _check_count(name: str, value: object, *, minimum: int) -> None:

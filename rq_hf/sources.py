@@ -130,11 +130,12 @@ class PromptSource:
 
     def count(self, door: str) -> None:
         # until it is stored, decoding costs nothing and is not worth a note
-        if self._strict:
+        if self.strict:
             self.layer.count(door)
 
     @property
-    def _strict(self) -> bool:
+    def strict(self) -> bool:
+        """Whether the prompt itself reads decoded tokens."""
         return self.layer.config.strict
 
     def sdpa(
@@ -146,10 +147,10 @@ class PromptSource:
         causal: bool,
         scale: float | None,
     ) -> Tensor | None:
-        self.layer.observe(query, padding_of_mask(mask, query.shape[0]), query.shape[2])
+        self.observe(query, mask)
         options = {"dropout": dropout, "causal": causal, "scale": scale}
-        if self._strict:
-            return self._store().sdpa(query, mask=mask, **options)  # type: ignore[arg-type]
+        if self.strict:
+            return self.stored().sdpa(query, mask=mask, **options)  # type: ignore[arg-type]
         self.layer.count("prompt")
         grouped = query.shape[1] != self.key.shape[1]
         result = F.scaled_dot_product_attention(
@@ -158,18 +159,22 @@ class PromptSource:
         self.layer.settle()
         return result
 
+    def observe(self, query: Tensor, mask: Tensor | None) -> None:
+        """Takes note of the prompt's queries."""
+        self.layer.observe(query, padding_of_mask(mask, query.shape[0]), query.shape[2])
+
     def scores(self, query: Tensor) -> Tensor | None:
-        if self._strict:
+        if self.strict:
             self.layer.observe(query, None, query.shape[2])
-            return self._store().scores(query)
+            return self.stored().scores(query)
         self.layer.count("prompt")
         # noted once the weights have shown the padding
         self._query = query
         return query @ _repeat(self.key, query.shape[1]).transpose(2, 3)
 
     def mix(self, weights: Tensor) -> Tensor | None:
-        if self._strict:
-            return self._store().mix(weights)
+        if self.strict:
+            return self.stored().mix(weights)
         result = weights @ _repeat(self.value, weights.shape[1])
         if self._query is not None:
             padding = padding_of_weights(weights)
@@ -179,11 +184,11 @@ class PromptSource:
         return result
 
     def dense(self, role: Role) -> Tensor:
-        if self._strict:
-            return self._store().dense(role)
+        if self.strict:
+            return self.stored().dense(role)
         return self.key if role == "key" else self.value
 
-    def _store(self) -> ViewSource:
+    def stored(self) -> ViewSource:
         """Stores the prompt and returns what is read of it from then on."""
         if self._stored is None:
             self.layer.settle()

@@ -138,8 +138,7 @@ def _packed_scores(
     result = rotated @ keys.transpose(2, 3)[:, :, None]
     first = view.packed_start + start * view.codec.layout.tile_length
     if view.preconditioner is not None:
-        means = view.preconditioner.key_mean(first, keys.shape[2]).to(q.dtype)
-        result += q @ means.transpose(2, 3)[:, :, None]
+        result += view.preconditioner.mean_scores(q, first, keys.shape[2])
     index = torch.arange(first, first + keys.shape[2], device=q.device)
     return result, values, index
 

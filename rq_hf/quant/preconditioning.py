@@ -94,6 +94,23 @@ class Preconditioner:
             return post.expand(-1, -1, count, -1)
         return self.rope.rotate(self.pre_mean[:, :, None], start, count) + post
 
+    def mean_scores(self, query: Tensor, start: int, count: int) -> Tensor:
+        """q . mean_n for n = `start` .. `start + count - 1`.
+
+        Args:
+            query: `[B, Hk, G, L, D]`, float32 or float64, any number of rows for a KV head.
+            start: Index of the first key.
+            count: Number of keys.
+
+        Returns:
+            `[B, Hk, G, L, count]`; the last dimension is 1 where all keys have one mean.
+        """
+        post = (query * self.post_mean[:, :, None, None].to(query.dtype)).sum(-1, keepdim=True)
+        if self.rope is None:
+            return post
+        pre = self.pre_mean[:, :, None, None]
+        return self.rope.inner_products(query, pre, start, count) + post
+
     def precondition_keys(self, keys: Tensor, start: int) -> Tensor:
         """k' = balance * (k - mean_n).
 

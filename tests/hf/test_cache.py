@@ -175,7 +175,7 @@ def test_another_model_is_refused_and_the_cache_is_as_it_was(llama: PreTrainedMo
 
 
 def test_settings_are_checked_at_the_door(llama: PreTrainedModel) -> None:
-    with pytest.raises(ValueError, match="nbits must be one of 2, 3, 4, got 7"):
+    with pytest.raises(ValueError, match="nbits must be one of 2, 3, 4, 8, got 7"):
         RotorQuantCache(config=llama.config, nbits=7)
     with pytest.raises(ValueError, match="unknown settings: bits; accepted are nbits"):
         RotorQuantCache(config=llama.config, bits=3)
@@ -228,3 +228,28 @@ def test_offload_keyword_is_the_hosts(llama: PreTrainedModel) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert RotorQuantCache(config=llama.config, offloading=False).offloading is False
+
+
+def test_single_layers_can_be_finer_or_exact(llama: PreTrainedModel) -> None:
+    tokens = make_tokens(300)
+    exact = RotorQuantCache(config=llama.config, layer_bits={0: 16, 1: 16})
+    assert cache_types(exact) == ["DynamicLayer", "DynamicLayer"]
+    dynamic = DynamicCache(config=llama.config)
+    assert torch.equal(generate(llama, tokens, exact), generate(llama, tokens, dynamic))
+    fine = RotorQuantCache(config=llama.config, residual_length=0, layer_bits={0: 16, 1: 8})
+    generate(llama, tokens, fine)
+    assert cache_types(fine) == ["DynamicLayer", "RotorQuantLayer"]
+    error = (fine.layers[1].keys - dynamic.layers[1].keys)[:, :, :260].norm()
+    # eight bits leave a relative error of about sqrt(4e-5)
+    assert 1e-3 < error / dynamic.layers[1].keys[:, :, :260].norm() < 1e-2
+
+
+def cache_types(cache: RotorQuantCache) -> list[str]:
+    return [type(layer).__name__ for layer in cache.layers]
+
+
+def test_presets_are_named_at_the_door(llama: PreTrainedModel) -> None:
+    cache = RotorQuantCache(config=llama.config, preset="turboquant", nbits=4)
+    assert cache.quantization == RotorQuantConfig.from_preset("turboquant", nbits=4)
+    with pytest.raises(ValueError, match="got both: preset"):
+        RotorQuantCache(quantization=RotorQuantConfig(), preset="turboquant")
