@@ -104,9 +104,7 @@ def rotorquant_mask(
     **kwargs: Any,
 ) -> Tensor | None:
     """Returns None for a plain causal mask without padding, else the host's boolean mask."""
-    newest_sees_all = (
-        isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
-    )
+    newest_sees_all = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
     plain = mask_function is causal_mask_function and local_size is None and newest_sees_all
     unpadded = attention_mask is None or (attention_mask.dim() == 2 and bool(attention_mask.all()))
     if allow_is_causal_skip and plain and unpadded:

@@ -73,7 +73,7 @@ class RotorQuantCache(Cache):
     ) -> None:
         self.quantization = _resolve(quantization, preset, settings)
         layers = None if config is None else _make_layers(config, self.quantization)
-        make_layer = partial(_make_layer, self.quantization) if layers is None else None
+        make_layer: Any = partial(_make_layer, self.quantization) if layers is None else None
         super().__init__(
             layers=layers,
             layer_class_to_replicate=make_layer,
@@ -114,7 +114,7 @@ class RotorQuantCache(Cache):
     def memory(self) -> CacheMemory:
         """Counts the bytes of every storage that the cache holds."""
         self._settle()
-        packed = [layer for layer in self.packed_layers if layer.store is not None]
+        packed: list[Any] = [layer for layer in self.packed_layers if layer.store is not None]
         host = [layer for layer in self.layers if not isinstance(layer, RotorQuantLayer)]
         host_tensors = reachable_tensors(host)
         numbers = [_numbers(layer) for layer in packed]
@@ -152,9 +152,7 @@ def _resolve(
     known = [field.name for field in fields(RotorQuantConfig)]
     unknown = [name for name in settings if name not in known]
     if unknown:
-        raise ValueError(
-            f"unknown settings: {', '.join(unknown)}; accepted are {', '.join(known)}"
-        )
+        raise ValueError(f"unknown settings: {', '.join(unknown)}; accepted are {', '.join(known)}")
     return quantization or RotorQuantConfig.from_preset(preset or "near-lossless", **settings)
 
 
@@ -217,7 +215,8 @@ def _describe(index: int, layer: Any) -> str:
     if not isinstance(layer, RotorQuantLayer):
         kind = "exact" if isinstance(layer, CacheLayerMixin) else "state"
         window = getattr(layer, "sliding_window", None)
-        return f"layer {index}: {kind} ({type(layer).__name__}{f', window {window}' if window else ''})"
+        name = type(layer).__name__ + (f", window {window}" if window else "")
+        return f"layer {index}: {kind} ({name})"
     if layer.store is None or layer.codec is None:
         return f"layer {index}: packed, nothing stored yet"
     store, layout, config = layer.store, layer.codec.layout, layer.config

@@ -150,7 +150,7 @@ class RotorQuantConfig:
 
 
 def _check_choice(name: str, value: object, accepted: Sequence[object]) -> None:
-    if isinstance(value, bool) or value not in accepted:
+    if (type(value), value) not in [(type(choice), choice) for choice in accepted]:
         listed = ", ".join(repr(choice) for choice in accepted)
         raise ValueError(f"{name} must be one of {listed}, got {value!r}")
 
@@ -158,7 +158,7 @@ def _check_choice(name: str, value: object, accepted: Sequence[object]) -> None:
 def _check_layer_bits(layer_bits: object) -> dict[int, int]:
     accepted = (*BITS, EXACT_BITS)
     if not isinstance(layer_bits, Mapping):
-        raise ValueError(f"layer_bits must map layers to bits, got {layer_bits!r}")
+        raise ValueError(f"layer_bits must be a mapping of layers to bits, got {layer_bits!r}")
     for layer, bits in layer_bits.items():
         _check_count("a layer in layer_bits", layer, minimum=0)
         _check_choice(f"layer_bits[{layer}]", bits, accepted)

@@ -70,12 +70,10 @@ class Handle(torch.Tensor):
             cls, shape, dtype=source.dtype, device=source.device
         )
 
-    def __init__(
-        self, source: Source, role: Role, form: Form = "bhnd", repeats: int = 1
-    ) -> None:
+    def __init__(self, source: Source, role: Role, form: Form = "bhnd", repeats: int = 1) -> None:
         self.source, self.role, self.form, self.repeats = source, role, form, repeats
 
-    def __repr__(self, **kwargs: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Handle({self.role}, shape={tuple(self.shape)})"
 
     def as_form(self, form: Form, repeats: int | None = None) -> Handle:
@@ -105,7 +103,7 @@ class Handle(torch.Tensor):
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override] # the host's stub says instance method
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
@@ -197,9 +195,7 @@ def _reshape(states: Any, *sizes: Any) -> Any:
 
 
 @_answers(torch.Tensor.repeat_interleave, torch.repeat_interleave)
-def _repeat_interleave(
-    states: Any, repeats: Any = None, dim: Any = None, **kwargs: Any
-) -> Any:
+def _repeat_interleave(states: Any, repeats: Any = None, dim: Any = None, **kwargs: Any) -> Any:
     plain = isinstance(states, Handle) and states.form == "bhnd" and states.repeats == 1
     if plain and isinstance(repeats, int) and dim in (1, -3) and not kwargs:
         return states.as_form("bhnd", repeats)

@@ -222,15 +222,17 @@ class RotorQuantLayer(CacheLayerMixin):
         if leaving == 0:
             return
         store = self._store
-        rows = [_join(old, *fresh) for old, *fresh in zip(store.exact.view(), *_each(new))]
+        rows = store.exact.view()
+        if new:
+            rows = [_join(old, fresh) for old, fresh in zip(rows, new, strict=True)]
         sinks, padding = [x[:, :, : store.sink_length] for x in rows], self.padding
         if self.preconditioner is None:
             sinks, padding = self._find_sinks(rows)
         rest = [x[:, :, store.sink_length :] for x in rows]
-        check_finite(*(x[:, :, :leaving] for x in rest), self.name)
+        key, value = (x[:, :, :leaving] for x in rest)
+        check_finite(key, value, self.name)
         preconditioner = self.preconditioner or self._measure(rest, padding)
-        parts = [x[:, :, :leaving] for x in rest]
-        records, scales = self._encode(parts[0], parts[1], preconditioner)
+        records, scales = self._encode(key, value, preconditioner)
         store.push_tiles(records, scales, leaving)
         store.replace_exact(
             *(torch.cat((s, x[:, :, leaving:]), 2) for s, x in zip(sinks, rest, strict=True))
@@ -274,7 +276,9 @@ class RotorQuantLayer(CacheLayerMixin):
         kept = store.open_tokens
         start = store.sink_length + store.packed_length - kept
         missing = -(kept + key.shape[2]) % store.tile_length
-        key, value = (F.pad(x, (0, 0, kept, missing)) if kept or missing else x for x in (key, value))
+        key, value = (
+            F.pad(x, (0, 0, kept, missing)) if kept or missing else x for x in (key, value)
+        )
         parts = []
         step = _TILES_AT_ONCE * store.tile_length
         for at in range(0, key.shape[2], step):
@@ -299,12 +303,14 @@ class RotorQuantLayer(CacheLayerMixin):
         if self.padding is not None:
             sink_index = self.padding[:, None] + sink_index
         recent_start = store.sinks + store.packed_length
-        recent = [ExactRows(*store.exact.view(store.sinks), index[recent_start:])]
+        sink_key, sink_value = store.exact.view(0, store.sinks)
+        tail_key, tail_value = store.exact.view(store.sinks)
+        recent = [ExactRows(tail_key, tail_value, index[recent_start:])]
         if fresh:
             new = torch.arange(fresh[0].shape[2], device=records.device) + store.length
             recent.append(ExactRows(fresh[0], fresh[1], new))
         return LayerView(
-            sinks=ExactRows(*store.exact.view(0, store.sinks), sink_index),
+            sinks=ExactRows(sink_key, sink_value, sink_index),
             packed_start=store.sinks,
             packed_length=store.packed_length,
             records=records,
@@ -325,7 +331,7 @@ class RotorQuantLayer(CacheLayerMixin):
         return self._decoded(0)
 
     @keys.setter
-    def keys(self, states: None) -> None:
+    def keys(self, states: Tensor | None) -> None:
         _only_none("keys", states)
 
     @property
@@ -334,7 +340,7 @@ class RotorQuantLayer(CacheLayerMixin):
         return self._decoded(1)
 
     @values.setter
-    def values(self, states: None) -> None:
+    def values(self, states: Tensor | None) -> None:
         _only_none("values", states)
 
     def get_seq_length(self) -> int:
@@ -430,8 +436,8 @@ def make_codec(config: RotorQuantConfig, head_dim: int) -> TileCodec:
         value_bits=config.value_bits,
         key_codec=config.key_codec,
         rotation=config.rotation,
-        codebook=config.codebook,  # type: ignore[arg-type]
-        scale=config.scale,  # type: ignore[arg-type]
+        codebook=config.codebook,
+        scale=config.scale,
         sketch=config.sketch,
         sketch_size=config.sketch_size,
         estimator=config.estimator,
@@ -455,15 +461,9 @@ def _empty_store(config: RotorQuantConfig, codec: TileCodec, like: Tensor) -> La
         )
 
 
-def _each(new: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
-    return [new] if new else []
-
-
-def _join(old: Tensor, *new: Tensor) -> Tensor:
+def _join(old: Tensor, new: Tensor) -> Tensor:
     """Returns the rows of `old` and `new`; without a copy where `old` has none."""
-    if not new:
-        return old
-    return new[0] if old.shape[2] == 0 else torch.cat((old, new[0]), 2)
+    return new if old.shape[2] == 0 else torch.cat((old, new), 2)
 
 
 def _only_none(name: str, states: object) -> None:

@@ -53,7 +53,10 @@ class CacheMemory:
     def __str__(self) -> str:
         rows = [
             ("packed tiles", f"{self.packed_bytes / MIB:.3f} MiB"),
-            ("  bits a number", f"{self.bits_per_number:.3f} held, {self.nominal_bits:.3f} nominal"),
+            (
+                "  bits a number",
+                f"{self.bits_per_number:.3f} held, {self.nominal_bits:.3f} nominal",
+            ),
             ("exact sinks and tails", f"{self.exact_bytes / MIB:.3f} MiB"),
             ("means and balances", f"{self.statistics_bytes / MIB:.3f} MiB"),
             ("layers kept exact", f"{self.host_bytes / MIB:.3f} MiB"),

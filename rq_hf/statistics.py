@@ -32,10 +32,10 @@ class QueryStatistics:
         square = query.detach().float().square()
         if valid is not None:
             square = square.masked_fill(~valid[:, None, :, None], 0.0)
-        batch, heads, rows, head_dim = square.shape
+        batch, heads, rows = square.shape[:3]
         total = square.unflatten(1, (kv_heads, -1)).sum((2, 3))
-        seen = valid.sum(1) if valid is not None else torch.full((batch,), rows, device=query.device)
-        count = seen.float() * (heads // kv_heads)
+        seen = square.new_full((batch,), rows) if valid is None else valid.sum(1).float()
+        count = seen * (heads // kv_heads)
         self.total = total if self.total is None else self.total + total
         self.count = count if self.count is None else self.count + count
 

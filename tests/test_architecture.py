@@ -36,11 +36,13 @@ ARROWS = {
         "storage",
         "validation",
     },
-    "cache": {"config", "layers", "memory", "quant", "rope"},
-    "": {"config", "cache"},
+    "attention": {"handle", "ops", "sources"},
+    "cache": {"attention", "config", "layers", "memory", "quant", "rope"},
+    "integration": {"attention", "cache"},
+    "": {"cache", "config", "integration"},
     "cli": {"", "config", "cache", "quant", "ops"},
 }
-HOST = {"layers", "cache", "rope", "cli"}  # may import transformers
+HOST = {"attention", "cache", "integration", "layers", "rope", "cli"}  # may import transformers
 SCRIPTS = {"eval": {"", "quant", "ops", "memory"}, "examples": {"", "memory"}}
 
 

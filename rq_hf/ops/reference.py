@@ -4,7 +4,8 @@
 With a packed key k = mean_n + R^T y / D and a packed value v = mean + R^T z (mean_n, D and mean of
 `quant.preconditioning`, R a rotation, y and z decoded rotated coordinates):
 
-    q . k = (R (q / D)) . y + q . mean_n            sum_n p_n v_n = R^T (sum_n p_n z_n) + mean sum_n p_n
+    q . k = (R (q / D)) . y + q . mean_n
+    sum_n p_n v_n = R^T (sum_n p_n z_n) + mean sum_n p_n
 
 so the query is rotated once, values are summed in rotated coordinates, and the sum is turned back.
 """
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rq_hf.ops.masks import KeyMask
-from rq_hf.ops.softmax import OnlineSoftmax
+from rq_hf.ops.softmax import OnlineSoftmax, grouped_product
 from rq_hf.ops.view import ExactRows, LayerView
 
 # scores and decoded numbers in work at once
@@ -37,7 +38,7 @@ def attend(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """See `rq_hf.ops.attend`. Computed in float32, or in float64 for float64 queries."""
-    batch, heads, queries, head_dim = query.shape
+    heads, queries, head_dim = query.shape[1:]
     kv_heads = view.records.shape[1]
     dtype = torch.promote_types(query.dtype, torch.float32)
     q = query.to(dtype).unflatten(1, (kv_heads, heads // kv_heads)) * scale
@@ -47,14 +48,14 @@ def attend(
         logits = sinks.to(dtype).reshape(1, kv_heads, -1, 1)
         state.add_logit(logits.expand(q.shape[:-1]))
     for rows, hidden_before in _exact_rows(view):
-        scores = q @ rows.keys.to(dtype).transpose(2, 3)[:, :, None]
+        scores = grouped_product(q, rows.keys.to(dtype).transpose(2, 3))
         scores = hide.apply(_cap(scores, softcap), rows.index, hidden_before)
-        state.add(scores, rows.values.to(dtype)[:, :, None], EXACT)
+        state.add(scores, rows.values.to(dtype), EXACT)
     rotated = _rotate_query(q, view)
     for start, stop in _tile_ranges(view, q):
         scores, values, index = _packed_scores(q, rotated, view, start, stop)
         scores = hide.apply(_cap(scores, softcap), index, view.hidden_before)
-        state.add(scores, values[:, :, None], PACKED)
+        state.add(scores, values, PACKED)
     sums, shares = state.finish()
     out = sums[EXACT] + _restore_values(sums[PACKED], shares[PACKED], view)
     return out.flatten(1, 2).to(query.dtype)
@@ -65,9 +66,9 @@ def scores(query: Tensor, view: LayerView, *, scale: float = 1.0) -> Tensor:
     kv_heads = view.records.shape[1]
     q = query.float().unflatten(1, (kv_heads, -1)) * scale
     rotated = _rotate_query(q, view)
-    parts = [q @ view.sinks.keys.float().transpose(2, 3)[:, :, None]]
+    parts = [grouped_product(q, view.sinks.keys.float().transpose(2, 3))]
     parts += [_packed_scores(q, rotated, view, *tiles)[0] for tiles in _tile_ranges(view, q)]
-    parts += [q @ rows.keys.float().transpose(2, 3)[:, :, None] for rows in view.recent]
+    parts += [grouped_product(q, x.keys.float().transpose(2, 3)) for x in view.recent]
     result = torch.cat(parts, -1)
     if view.padding is not None:
         at = view.sinks.index[:, None, None, None].expand_as(parts[0])
@@ -85,20 +86,20 @@ def mix(weights: Tensor, view: LayerView) -> Tensor:
         sink_index = view.sinks.index[:, None, None, None]
         sink_weights = p.gather(-1, sink_index.expand(*p.shape[:-1], count))
         index = torch.arange(view.length, device=p.device)
-        hidden = index < view.hidden_before[:, None]
+        hidden = index < (view.padding + count)[:, None]
         p = p.masked_fill(hidden[:, None, None, None], 0.0)
-    exact = sink_weights @ view.sinks.values.float()[:, :, None]
+    exact = grouped_product(sink_weights, view.sinks.values.float())
     summed = torch.zeros_like(exact)
     at = count
     for start, stop in _tile_ranges(view, p):
         _, values = _decode_rotated(view, start, stop, torch.float32)
         part = p[..., at : at + values.shape[2]]
-        summed += part @ values[:, :, None]
+        summed += grouped_product(part, values)
         at += values.shape[2]
     share = p[..., count:at].sum(-1)
     for rows in view.recent:
         part = p[..., at : at + rows.keys.shape[2]]
-        exact += part @ rows.values.float()[:, :, None]
+        exact += grouped_product(part, rows.values.float())
         at += rows.keys.shape[2]
     return (exact + _restore_values(summed, share, view)).flatten(1, 2)
 
@@ -135,7 +136,7 @@ def _packed_scores(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns scores `[B, Hk, G, L, n]`, rotated values `[B, Hk, n, D]` and index `[n]`."""
     keys, values = _decode_rotated(view, start, stop, q.dtype)
-    result = rotated @ keys.transpose(2, 3)[:, :, None]
+    result = grouped_product(rotated, keys.transpose(2, 3))
     first = view.packed_start + start * view.codec.layout.tile_length
     if view.preconditioner is not None:
         result += view.preconditioner.mean_scores(q, first, keys.shape[2])

@@ -27,12 +27,12 @@ class OnlineSoftmax:
         self.extra = like.new_zeros(rows)
 
     def add(self, scores: Tensor, values: Tensor, kind: int) -> None:
-        """Adds `scores` `[..., n]`, -inf where hidden, and their `values` `[..., n, D]`."""
+        """Adds `scores` `[B, Hk, G, L, n]`, -inf where hidden, and `values` `[B, Hk, n, D]`."""
         if scores.shape[-1] == 0:
             return
         weights = self._weigh(scores)
         self.shares[kind] += weights.sum(-1)
-        self.sums[kind] += weights @ values
+        self.sums[kind] += grouped_product(weights, values)
 
     def add_logit(self, logits: Tensor) -> None:
         """Adds one weight `[...]` a row that has no value (an attention sink)."""
@@ -60,3 +60,9 @@ class OnlineSoftmax:
         factor = torch.where(total > 0, 1 / total, 0.0)
         sums = [total_of_kind * factor[..., None] for total_of_kind in self.sums]
         return sums, [share * factor for share in self.shares]
+
+
+def grouped_product(rows: Tensor, matrix: Tensor) -> Tensor:
+    """Returns `rows` `[B, Hk, G, L, a]` times the `matrix` `[B, Hk, a, b]` of their KV head."""
+    # one product a KV head: broadcasting would copy the matrix for every query head
+    return (rows.flatten(2, 3) @ matrix).unflatten(2, rows.shape[2:4])

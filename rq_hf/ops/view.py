@@ -69,9 +69,7 @@ class LayerView:
         """Index `[B]` before which packed and recent rows are padding or copies of the sinks."""
         return None if self.padding is None else self.padding + self.sinks.keys.shape[2]
 
-    def decode_tiles(
-        self, start: int, stop: int, *, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
+    def decode_tiles(self, start: int, stop: int, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Returns keys and values of the tokens in tiles `start` to `stop`, `[B, Hk, n, D]`."""
         length = self.codec.layout.tile_length
         count = min(stop * length, self.packed_length) - start * length

@@ -73,8 +73,8 @@ class Codebook:
     def lookup(self, codes: Tensor) -> Tensor:
         """Levels of codes, float32, in the shape of codes (any integer dtype)."""
         levels, _ = self._tables(codes.device, torch.float32)
-        # a uint8 index would be taken for a mask
-        return levels[codes.int()]
+        # several times as fast as indexing on a CPU
+        return levels.index_select(0, codes.reshape(-1).int()).view(codes.shape)
 
     def _tables(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         if (device, dtype) not in self._on_device:

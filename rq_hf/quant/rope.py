@@ -109,6 +109,29 @@ class RopeTable:
         cos, sin = self._angles(x, start, None)
         return self._turn(x, cos, -sin)
 
+    def inner_products(self, x: Tensor, vector: Tensor, start: int, count: int) -> Tensor:
+        """x . RoPE_n vector for n = `start` .. `start + count - 1`.
+
+        With a turned pair (v1, v2) the product is (x1 v1 + x2 v2) cos + (x2 v1 - x1 v2) sin, so
+        one product with the table serves all rows.
+
+        Args:
+            x: Vectors `[..., D]`, not turned.
+            vector: What is turned, `[..., D]`, broadcast against `x`.
+            start: First position.
+            count: Number of positions.
+
+        Returns:
+            `[..., count]` in the dtype of `x`.
+        """
+        cos, sin = (t.to(x.dtype) for t in self.cos_sin(start, count, x.device))
+        vector, r = vector.to(x.dtype), self.rotary_dim
+        x1, x2 = self._pairs(x[..., :r])
+        v1, v2 = self._pairs(vector[..., :r])
+        product = (x1 * v1 + x2 * v2) @ cos.T + (x2 * v1 - x1 * v2) @ sin.T
+        rest = x[..., r:] * vector[..., r:]
+        return product + rest.sum(-1, keepdim=True)
+
     def _angles(self, x: Tensor, start: int, count: int | None) -> tuple[Tensor, Tensor]:
         if x.shape[-1] < self.rotary_dim:
             raise ValueError(
@@ -142,34 +165,3 @@ class RopeTable:
         if self.interleaved:
             return torch.stack([a, b], dim=-1).flatten(-2)
         return torch.cat([a, b], dim=-1)
-
-    def inner_products(self, x: Tensor, vector: Tensor, start: int, count: int) -> Tensor:
-        """x . RoPE_n vector for n = `start` .. `start + count - 1`.
-
-        With a turned pair (v1, v2) the product is (x1 v1 + x2 v2) cos + (x2 v1 - x1 v2) sin, so
-        one product with the table serves all rows.
-
-        Args:
-            x: Vectors `[..., D]`, not turned.
-            vector: What is turned, `[..., D]`, broadcast against `x`.
-            start: First position.
-            count: Number of positions.
-
-        Returns:
-            `[..., count]` in the dtype of `x`.
-        """
-        cos, sin = (t.to(x.dtype) for t in self.cos_sin(start, count, x.device))
-        x1, x2 = self._pairs(x)
-        v1, v2 = self._pairs(vector.to(x.dtype))
-        product = (x1 * v1 + x2 * v2) @ cos.T + (x2 * v1 - x1 * v2) @ sin.T
-        rest = x[..., self.rotary_dim :] * vector[..., self.rotary_dim :].to(x.dtype)
-        return product + rest.sum(-1, keepdim=True)
-
-    def _pairs(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns first and second coordinates of the pairs that turn, `[..., r / 2]` each."""
-        if self.interleaved is None:
-            raise ValueError("the convention of this RoPE is unknown; try each of `conventions`")
-        turning = x[..., : self.rotary_dim]
-        if self.interleaved:
-            return turning[..., 0::2], turning[..., 1::2]
-        return turning.chunk(2, -1)

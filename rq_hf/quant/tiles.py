@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rq_hf.quant.codebook_store import Distribution
-from rq_hf.quant.codebooks import Rounding, get_codebook
+from rq_hf.quant.codebooks import get_codebook
 from rq_hf.quant.mse_quantizer import MSEQuantizer
 from rq_hf.quant.packing import TileLayout, pack_scales, unpack_scales
 from rq_hf.quant.prod_quantizer import ProdQuantizer
@@ -18,8 +18,6 @@ from rq_hf.quant.quantizers import QUANTIZERS
 from rq_hf.quant.rotations import make_rotation
 from rq_hf.quant.types import MSECodes, ProdCodes
 
-# finer codebooks than this lose too much when their levels are rounded to int8
-_MAX_INT8_BITS = 5
 # numbers of keys (or values) in work at once: temporary memory is a few times 4 MiB, which also
 # suits the caches of a CPU
 _NUMBERS_AT_ONCE = 2**20
@@ -228,7 +226,3 @@ class TileCodec:
 
     def __repr__(self) -> str:
         return f"TileCodec(key={self.key_quantizer!r}, value={self.value_quantizer!r})"
-
-
-def _rounding(bits: int) -> Rounding:
-    return "int8" if bits <= _MAX_INT8_BITS else "none"

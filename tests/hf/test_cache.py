@@ -167,7 +167,7 @@ def test_another_model_is_refused_and_the_cache_is_as_it_was(llama: PreTrainedMo
     generate(llama, make_tokens(300), cache)
     keys = [layer.keys for layer in cache.layers]
     state = make_tokens(1).float()[:, :, None, None].expand(1, 4, 1, 64)
-    with pytest.raises(ValueError, match="layer 0: the cache holds .*1, 2, 64.*got .1, 4, 64."):
+    with pytest.raises(ValueError, match=r"layer 0: the cache holds .*1, 2, 64.*got .1, 4, 64."):
         cache.update(state, state, 0)
     with pytest.raises(ValueError, match="layer 2: the cache was made for a model with 2 layers"):
         cache.update(state[:, :2], state[:, :2], 2)

@@ -456,3 +456,30 @@ class TestRefusals:
         }
         with pytest.raises(ValueError, match=match):
             measure(**{**arguments, **changed})
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("rotary_dim", [16, 64])
+def test_inner_products_are_those_with_the_turned_vector(
+    interleaved: bool, rotary_dim: int
+) -> None:
+    rope = table(rotary_dim, interleaved)
+    x, vector = normal(2, 3, 5, 64).double(), normal(2, 3, 1, 64, label="vector").double()
+    turned = slow_rotation(vector.expand(2, 3, 70, 64), rope, 1000)
+    wanted = x @ turned.transpose(-1, -2)
+    actual = rope.inner_products(x, vector, 1000, 70)
+    # the table itself is float32
+    torch.testing.assert_close(actual, wanted, rtol=0, atol=64 * EPS * float(wanted.abs().max()))
+
+
+def test_mean_scores_are_products_with_the_means() -> None:
+    rope = table(64, False)
+    keys = biased_keys(rope, (2, 3, 300, 64), 4)
+    query = normal(2, 3, 2, 5, 64)
+    for settings in (StatisticsSettings("pre_rope"), StatisticsSettings("post_rope")):
+        statistics = measure(keys, keys, start=4, rope=rope, settings=settings)
+        means = statistics.key_mean(50, 40)
+        wanted = query @ means.transpose(2, 3)[:, :, None]
+        actual = statistics.mean_scores(query, 50, 40).expand_as(wanted)
+        bound = 64 * EPS * float(wanted.abs().max())
+        torch.testing.assert_close(actual, wanted, rtol=0, atol=bound)
