@@ -39,7 +39,7 @@ def add_text_options(parser: argparse.ArgumentParser) -> None:
         "--bos",
         choices=("auto", "always", "never"),
         default="auto",
-        help="begin windows with the token for the beginning of a text; auto: as the tokenizer does",
+        help="begin with the token for the beginning of a text; auto: as the tokenizer does",
     )
 
 

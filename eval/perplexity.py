@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ from eval.options import (
     read_texts,
 )
 from eval.paired import PairedSums
-from eval.results_io import header, write_json
+from eval.results_io import header
+from eval.run import Run
 from eval.scoring import Reference, hidden_states
 from eval.settings import Setting, bits_per_number, parse_settings, reason_to_skip
 from eval.windows import first_tokens, make_windows
@@ -93,77 +95,7 @@ def plan(args: argparse.Namespace) -> tuple[Spans, int]:
             f"chunks of {chunk}, {args.skip} positions skipped"
         )
     edges = [0, *range(first, args.window, chunk), args.window]
-    return list(zip(edges, edges[1:], strict=False)), start
-
-
-class Run:
-    """A results file, filled in window by window.
-
-    Args:
-        path: The file; if it exists, its records are kept and not measured again.
-        head: Command, commit and environment.
-        config: All that every record of the file has in common.
-
-    Raises:
-        ValueError: The file holds another measurement.
-    """
-
-    def __init__(self, path: Path, head: dict[str, Any], config: dict[str, Any]) -> None:
-        self.path = path
-        self.content = {**head, "config": config, "settings": {}, "skipped": {}, "records": []}
-        if path.is_file():
-            old = json.loads(path.read_text())
-            self._check(old)
-            self.content |= {key: old[key] for key in ("settings", "records")}
-
-    def _check(self, old: dict[str, Any]) -> None:
-        for part in ("environment", "config"):
-            before, now = old[part], self.content[part]
-            other = [key for key in now if before.get(key) != now[key]]
-            if other:
-                raise ValueError(
-                    f"{self.path} holds results of another {part} ({', '.join(other)}): choose "
-                    "another --out, or remove the file"
-                )
-
-    def add_setting(self, setting: Setting) -> None:
-        """Notes what a label stands for.
-
-        Raises:
-            ValueError: It stood for something else when the file was begun.
-        """
-        before = self.content["settings"].setdefault(setting.label, setting.options)
-        if before != setting.options:
-            raise ValueError(
-                f"{self.path} holds {setting.label} with other options: choose another --out"
-            )
-
-    def has(self, window: int, label: str) -> bool:
-        records = self.content["records"]
-        return any(r["window"] == window and r["setting"] == label for r in records)
-
-    def add(self, record: dict[str, Any]) -> None:
-        """Appends a record and writes the file."""
-        self.content["records"].append(record | {"commit": self.content["commit"]})
-        self.save()
-
-    def save(self) -> None:
-        self.content["summary"] = [self._summarise(name) for name in self.content["settings"]]
-        write_json(self.path, self.content)
-
-    def _summarise(self, label: str) -> dict[str, Any]:
-        records = [r for r in self.content["records"] if r["setting"] == label]
-        if not records:
-            return {"setting": label, "windows": 0}
-        sums = PairedSums.total([PairedSums(**r["sums"]) for r in records])
-        return {
-            "setting": label,
-            "windows": len(records),
-            "bits_nominal": records[-1]["bits_nominal"],
-            "bits_held": records[-1]["bits_held"],
-            **sums.metrics(),
-            "seconds_per_window": sum(r["seconds"] for r in records) / len(records),
-        }
+    return list(pairwise(edges)), start
 
 
 @torch.no_grad()
@@ -213,10 +145,27 @@ def print_table(summary: Sequence[dict[str, Any]]) -> None:
             continue
         print(
             f"{row['setting']:<28}{row['bits_nominal']:<6.3g}({row['bits_held']:5.3f})"
-            f"{row['perplexity']:>10.3f} {row['delta_percent']:>+8.2f} ±{row['delta_percent_error']:<5.2f}"
+            f"{row['perplexity']:>10.3f}"
+            f"{row['delta_percent']:>+9.2f} ±{row['delta_percent_error']:<5.2f}"
             f"{row['kl']:>9.5f} ±{row['kl_error']:.5f}{row['top1_agreement_percent']:>7.1f}"
             f"{row['seconds_per_window']:>9.1f}"
         )
+
+
+def usable(
+    settings: Sequence[Setting], model: PreTrainedModel, run: Run, *, strict: bool
+) -> list[Setting]:
+    """Returns the settings that can be measured, prints why others cannot, and notes both."""
+    chosen = []
+    for setting in settings:
+        reason = reason_to_skip(setting, model.config, strict=strict)
+        if reason is None:
+            run.add_setting(setting)
+            chosen.append(setting)
+        else:
+            print(f"{setting.label} is left out: {reason}")
+            run.content["skipped"][setting.label] = reason
+    return chosen
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -243,27 +192,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         "first_tokens": first_tokens(tokenizer, args.bos),
         "mode": args.mode,
         "window": args.window,
-        "first_forward": spans[0][1],
-        "later_forwards": spans[-1][1] - spans[-1][0]
-        if len(spans) < 3
-        else spans[1][1] - spans[1][0],
+        "first_forwards": [list(span) for span in spans[:2]],
         "scored": [start, args.window - 1],
     }
-    run = Run(args.out, head, config)
     print(json.dumps({**head["environment"], **config}, indent=1))
-    measured = []
-    for setting in settings:
-        reason = reason_to_skip(setting, model.config, strict=strict)
-        if reason is not None:
-            print(f"{setting.label} is left out: {reason}")
-            run.content["skipped"][setting.label] = reason
-            continue
-        run.add_setting(setting)
-        measured.append(setting)
-    measure(model, windows, measured, spans, start, run)
+    run = Run(args.out, head, config)
+    measure(model, windows, usable(settings, model, run, strict=strict), spans, start, run)
     run.save()
     print_table(run.content["summary"])
     if args.plot:
+        # drawing is optional, and so is what it needs
         from eval.plot import plot_perplexity
 
         plot_perplexity(run.content, args.out.with_suffix(".png"))

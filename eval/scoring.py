@@ -63,9 +63,17 @@ def logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
         return model(tokens, use_cache=False).logits[0]
 
 
+class _Output(BaseModelOutputWithPast):
+    """A decoder's output; what else some families read of theirs is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
 @contextmanager
 def _hands_out(decoder: torch.nn.Module, hidden: Tensor) -> Iterator[None]:
-    decoder.forward = lambda *args, **kwargs: BaseModelOutputWithPast(last_hidden_state=hidden)
+    decoder.forward = lambda *args, **kwargs: _Output(last_hidden_state=hidden)
     try:
         yield
     finally:

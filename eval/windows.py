@@ -113,9 +113,7 @@ def _shares(texts: Sequence[Text], length: int, special: int, switch_at: int | N
     """Returns how many tokens of a window each text gives."""
     if switch_at is None:
         if len(texts) != 1:
-            raise ValueError(
-                f"got {len(texts)} texts: say with --switch-at where each window turns"
-            )
+            raise ValueError(f"{len(texts)} texts: say with --switch-at where windows turn")
         return [length - special]
     if len(texts) != 2:
         raise ValueError(f"--switch-at needs two texts, got {len(texts)}")

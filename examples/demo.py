@@ -29,7 +29,7 @@ found at https://ai.google.dev/gemma/terms"""
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="hub id, folder or .gguf file; Gemma 3 270M if left out")
-    parser.add_argument("--nbits", type=int, default=3, help="bits a stored number: 2, 3 or 4")
+    parser.add_argument("--nbits", type=int, default=3, help="bits a stored number: 2, 3, 4 or 8")
     parser.add_argument("--max-new-tokens", type=int, default=48)
     args = parser.parse_args(argv)
 

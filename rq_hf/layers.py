@@ -15,7 +15,8 @@ from transformers.cache_utils import CacheLayerMixin
 from rq_hf.config import RotorQuantConfig
 from rq_hf.handle import Handle
 from rq_hf.ops import ExactRows, LayerView
-from rq_hf.quant.preconditioning import Preconditioner, StatisticsSettings, measure
+from rq_hf.quant.measurement import StatisticsSettings, measure
+from rq_hf.quant.preconditioning import Preconditioner
 from rq_hf.quant.rope import RopeTable
 from rq_hf.quant.tiles import TileCodec
 from rq_hf.sources import PromptSource, ViewSource

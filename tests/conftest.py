@@ -8,9 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.models import VOCABULARY, make_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -40,6 +37,11 @@ def uninitialized_memory_is_nan() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def saved_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny random model and a tokenizer whose tokens are printable letters."""
+    # tests of the mathematics do without these
+    from support.models import VOCABULARY, make_model
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     folder = tmp_path_factory.mktemp("model")
     make_model("llama").save_pretrained(folder)
     # Ġ and Ċ stand for space and newline, as in GPT-2

@@ -39,10 +39,20 @@ ARROWS = {
     "attention": {"handle", "ops", "sources"},
     "cache": {"attention", "config", "layers", "memory", "quant", "rope"},
     "integration": {"attention", "cache"},
+    "cache_file": {""},
+    "serialization": {"", "cache", "cache_file", "config", "layers", "quant", "storage"},
     "": {"cache", "config", "integration"},
     "cli": {"", "config", "cache", "quant", "ops"},
 }
-HOST = {"attention", "cache", "integration", "layers", "rope", "cli"}  # may import transformers
+HOST = {
+    "attention",
+    "cache",
+    "integration",
+    "layers",
+    "rope",
+    "serialization",
+    "cli",
+}  # may import transformers
 SCRIPTS = {"eval": {"", "quant", "ops", "memory"}, "examples": {"", "memory"}}
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from rq_hf import RotorQuantConfig
 from rq_hf.config import CHOICES
-from rq_hf.quant.preconditioning import KEY_MEANS
+from rq_hf.quant.measurement import KEY_MEANS
 from rq_hf.quant.qjl import ESTIMATORS, SKETCHES
 from rq_hf.quant.quantizers import QUANTIZERS
 from rq_hf.quant.rotations import ROTATIONS

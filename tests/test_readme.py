@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rq_hf import RotorQuantCache, RotorQuantConfig
-from rq_hf.config import CHOICES
+from rq_hf.config import CHOICES, PRESETS
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
@@ -49,6 +49,6 @@ def test_settings_table_states_the_defaults() -> None:
     assert stated == defaults
 
 
-@pytest.mark.parametrize("value", [v for values in CHOICES.values() for v in values])
+@pytest.mark.parametrize("value", [v for values in [*CHOICES.values(), PRESETS] for v in values])
 def test_every_choice_is_named(value: str) -> None:
     assert value in README

@@ -7,12 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rq_hf.quant.preconditioning import (
-    MIN_TOKENS,
-    Preconditioner,
-    StatisticsSettings,
-    measure,
-)
+from rq_hf.quant.measurement import MIN_TOKENS, StatisticsSettings, measure
+from rq_hf.quant.preconditioning import Preconditioner
 from rq_hf.quant.rope import RopeTable
 from rq_hf.quant.seeding import generator
 

@@ -3,7 +3,8 @@
 
 It keeps each token's exact and decoded vector side by side and counts how many have left the
 exact tail. Vectors are quantised one by one, so it needs neither tiles nor packing. Statistics
-are not its business: it takes none, or those of the layer that it is compared with.
+and left padding are not its business: it takes none, or those of the layer that it is compared
+with. Rows of padding are anyone's guess once tokens are packed.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ class OracleLayer(DynamicLayer):
         super().__init__(**kwargs)
         self.config = config
         self.packed = 0
-        self.preconditioner = None
+        self.preconditioner: Preconditioner | None = None
+        self.padding: Tensor | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
@@ -49,20 +51,28 @@ class OracleLayer(DynamicLayer):
     def read(self) -> tuple[Tensor, Tensor]:
         """Returns keys and values as attention sees them."""
         statistics = self.preconditioner or Preconditioner.identity(self.keys)
-        key = statistics.precondition_keys(self.keys, 0)
+        start = self.config.sink_length
+        span = slice(start, start + self.packed)
+        key = statistics.precondition_keys(self.keys[:, :, span], start)
+        value = statistics.center_values(self.values[:, :, span])
         key = _round_trip(self.codec.key_quantizer, key)
-        value = _round_trip(self.codec.value_quantizer, statistics.center_values(self.values))
+        value = _round_trip(self.codec.value_quantizer, value)
         decoded = (
-            statistics.restore_keys(key, 0, self.keys.dtype),
+            statistics.restore_keys(key, start, self.keys.dtype),
             statistics.restore_values(value, self.keys.dtype),
         )
-        index = torch.arange(self.keys.shape[2])
-        start = self.config.sink_length
-        is_packed = ((index >= start) & (index < start + self.packed))[:, None]
-        return tuple(
-            torch.where(is_packed, mine, exact)
-            for mine, exact in zip(decoded, (self.keys, self.values), strict=True)
-        )
+        return self._place(self.keys, decoded[0]), self._place(self.values, decoded[1])
+
+    def _place(self, exact: Tensor, decoded: Tensor) -> Tensor:
+        """Returns the exact rows with decoded ones in place of those behind the sinks."""
+        start, rows = self.config.sink_length, exact.clone()
+        rows[:, :, start : start + self.packed] = decoded
+        if self.padding is None or self.packed == 0:
+            return rows
+        # the sinks of a padded sequence are its first real tokens
+        first = self.padding[:, None, None, None]
+        index = torch.arange(exact.shape[2])[:, None]
+        return torch.where((index >= first) & (index < first + start), exact, rows)
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
@@ -71,7 +81,7 @@ class OracleLayer(DynamicLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.packed = 0
+        self.packed, self.preconditioner, self.padding = 0, None, None
 
 
 def _round_trip(quantizer: Any, states: Tensor) -> Tensor:

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a saved cache says about itself: settings, layers, and which tensors there must be."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+from rq_hf.config import RotorQuantConfig
+from rq_hf.quant.packing import TileLayout
+
+PACKED = "packed"
+MEANS = ("pre_mean", "post_mean", "balance", "value_mean")
+
+# dtype, then shape
+Form = tuple[str | int | None, ...]
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """What one layer holds. An empty layer has no tensors and its lengths are 0.
+
+    Attributes:
+        kind: `PACKED`, or the name of the host's class.
+        tensors: Names of the tensors.
+        dtype: Of keys and values, as "bfloat16".
+        batch: Sequences.
+        kv_heads: Heads of keys and values.
+        head_dim: Numbers of a key.
+        sinks: Exact tokens at the start.
+        packed_length: Packed tokens behind them.
+        tiles: Tiles that these are in.
+        tail: Exact tokens at the end; all tokens of a layer of the host.
+        rope: Place in `Header.ropes` of what the keys went through; None if it is not known.
+        mean_rope: Of what the frozen key mean goes through.
+        sliding_window: Window of the host's layer.
+        cumulative_length: Tokens that it has seen.
+        record_past: Whether it keeps more than its window, to be cropped.
+    """
+
+    kind: str
+    tensors: list[str] = field(default_factory=list)
+    dtype: str | None = None
+    batch: int = 0
+    kv_heads: int = 0
+    head_dim: int = 0
+    sinks: int = 0
+    packed_length: int = 0
+    tiles: int = 0
+    tail: int = 0
+    rope: int | None = None
+    mean_rope: int | None = None
+    sliding_window: int | None = None
+    cumulative_length: int = 0
+    record_past: bool = False
+
+    def forms(self, layout: TileLayout | None) -> Iterator[tuple[str, Form]]:
+        """Yields name and form of the tensors whose form is known; `layout` of packed layers."""
+        heads = (self.batch, self.kv_heads)
+        if self.batch:
+            exact = (self.dtype, *heads, self.sinks + self.tail, self.head_dim)
+            yield "keys", exact
+        if layout is None:
+            return
+        tiles = -(-self.packed_length // layout.tile_length)
+        yield "values", exact
+        yield "records", ("int32", *heads, tiles, layout.record_words)
+        yield "scales", ("float16", *heads, tiles, layout.scale_rows, layout.tile_length)
+        for name in (*MEANS, "query_total"):
+            yield name, ("float32", *heads, self.head_dim)
+        yield "query_count", ("float32", self.batch)
+        for name in ("query_padding", "padding"):
+            yield name, ("int64", self.batch)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a cache holds.
+
+    Attributes:
+        quantization: Fields of `RotorQuantConfig`.
+        layers: One record a layer.
+        ropes: `interleaved` of each position embedding.
+        grows: Whether layers appear with their first update, in a cache without a model's config.
+    """
+
+    quantization: dict[str, Any]
+    layers: list[LayerRecord]
+    ropes: list[bool | None]
+    grows: bool
+
+    @cached_property
+    def settings(self) -> RotorQuantConfig:
+        """How the cache stores; TypeError or ValueError if this version does not know it."""
+        return RotorQuantConfig(**self.quantization)
+
+    @property
+    def packed_sizes(self) -> list[int]:
+        """Each head_dim of the packed layers that hold something."""
+        return sorted({x.head_dim for x in self.layers if x.kind == PACKED and x.tensors})
+
+    def to_json(self) -> str:
+        """Returns the text that `parse` reads."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def parse(cls, text: str) -> Header:
+        """Returns the header that `to_json` wrote.
+
+        Raises:
+            ValueError: The text is something else.
+        """
+        try:
+            fields = json.loads(text)
+            layers = [LayerRecord(**layer) for layer in fields["layers"]]
+            header = cls(**{**fields, "layers": layers})
+            # settings are checked as they are made
+            header.settings  # noqa: B018
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"not a header of this format: {error}") from error
+        return header

@@ -1,0 +1,371 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A cache saved to one file, and loaded: it continues to the bit where it stopped.
+
+    header    settings, and what each layer holds, see `cache_header`
+    tensors   layers.<i>.*   what layer i holds, buffers cut to the part in use
+              ropes.<j>      inv_freq of position embeddings, each once
+              probes.<D>     what fixed codes decode to, see `_probe`
+
+Rotations, sketches and codebooks follow from the settings and are not in the file. A change of
+anything that decoding needs is a new format (`cache_file.FORMAT`).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from rq_hf import cache_file
+from rq_hf.cache import RotorQuantCache
+from rq_hf.cache_file import SAVE_AGAIN, Tensors
+from rq_hf.cache_header import MEANS, PACKED, Header, LayerRecord
+from rq_hf.config import RotorQuantConfig
+from rq_hf.layers import RotorQuantLayer, make_codec
+from rq_hf.quant.preconditioning import Preconditioner
+from rq_hf.quant.rope import RopeTable
+from rq_hf.quant.seeding import generator
+from rq_hf.quant.tiles import TileCodec
+from rq_hf.storage import RowBuffer
+
+_HOST_KINDS = {kind.__name__: kind for kind in (DynamicLayer, DynamicSlidingWindowLayer)}
+_PROBED_TOKENS = 8
+# far above float32 rounding of unit vectors, far below the step of a level
+_PROBE_TOLERANCE = 1e-5
+_OTHER_MODEL = "this is another model's cache: load it with the config of the model that filled it"
+
+
+def save_cache(cache: RotorQuantCache, path: str | os.PathLike[str]) -> None:
+    """Writes a cache to a file.
+
+    The file appears under its name when it is complete and on disk; a failure, or the end of the
+    process, before that leaves what was there. Prompt states that wait for their queries are
+    packed without them.
+
+    Args:
+        cache: The cache; its layers may be packed, `DynamicLayer` or `DynamicSlidingWindowLayer`.
+        path: Where to; an existing file is replaced.
+
+    Raises:
+        ValueError: A layer is of a kind whose state cannot be saved.
+        OSError: The file cannot be written.
+    """
+    header, tensors = _collect(cache)
+    cache_file.write(Path(path), header.to_json(), tensors)
+
+
+def load_cache(
+    path: str | os.PathLike[str],
+    config: PreTrainedConfig | None = None,
+    *,
+    device: torch.device | str = "cpu",
+) -> RotorQuantCache:
+    """Returns the cache that `save_cache` wrote.
+
+    Nothing in the file is executed. Whether a cache is offloaded is not part of it.
+
+    Args:
+        path: The file.
+        config: The model's config, to make sure that the cache is this model's, and to find out
+            which attention it uses; without it the layers are made as the file describes them.
+        device: Where the tensors go.
+
+    Raises:
+        ValueError: The file is damaged, of another kind or of a newer format, or the cache is
+            another model's.
+        OSError: The file cannot be read.
+    """
+    path = Path(path)
+    # buffers made in inference mode could not be written outside of it
+    with torch.inference_mode(False):
+        text, tensors = cache_file.read(path)
+        try:
+            header = Header.parse(text)
+            cache = _make_cache(header, config)
+            codecs = {x: make_codec(header.settings, x) for x in header.packed_sizes}
+            _check_tensors(header, codecs, tensors)
+            _check_probes(codecs, tensors)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        ropes = [RopeTable(tensors[f"ropes.{j}"], known) for j, known in enumerate(header.ropes)]
+        for i, (layer, record) in enumerate(zip(cache.layers, header.layers, strict=True)):
+            own = {name: tensors.pop(f"layers.{i}.{name}").to(device) for name in record.tensors}
+            _fill(layer, record, own, ropes)
+    return cache
+
+
+def _collect(cache: RotorQuantCache) -> tuple[Header, Tensors]:
+    for packed in cache.packed_layers:
+        packed.settle()
+    if torch.accelerator.is_available():
+        # the host offloads its layers without waiting for the copies
+        torch.accelerator.synchronize()
+    ropes: list[RopeTable] = []
+    records, tensors = [], {}
+    for i, layer in enumerate(cache.layers):
+        record, own = _describe(i, layer, ropes)
+        records.append(record)
+        tensors.update({f"layers.{i}.{name}": tensor for name, tensor in own.items()})
+    tensors.update({f"ropes.{j}": table.inv_freq for j, table in enumerate(ropes)})
+    header = Header(
+        quantization=cache.quantization.to_dict(),
+        layers=records,
+        ropes=[table.interleaved for table in ropes],
+        grows=cache.layer_class_to_replicate is not None,
+    )
+    for head_dim in header.packed_sizes:
+        tensors[f"probes.{head_dim}"] = _probe(make_codec(header.settings, head_dim))
+    return header, _separate(tensors)
+
+
+def _describe(index: int, layer: Any, ropes: list[RopeTable]) -> tuple[LayerRecord, Tensors]:
+    if type(layer) is RotorQuantLayer:
+        return _describe_packed(layer, ropes)
+    if type(layer) in _HOST_KINDS.values():
+        return _describe_host(layer)
+    raise ValueError(
+        f"layer {index} is a {type(layer).__name__}, whose state cannot be saved; packed layers, "
+        f"{' and '.join(_HOST_KINDS)} can. Keep the text, and run the prompt again"
+    )
+
+
+def _describe_packed(layer: RotorQuantLayer, ropes: list[RopeTable]) -> tuple[LayerRecord, Tensors]:
+    rope = _index_of(layer.rope, ropes)
+    store = layer.store
+    if store is None:
+        return LayerRecord(PACKED, rope=rope), {}
+    keys, values = store.exact.view()
+    records, scales = store.tiles.view()
+    statistics, means = layer.statistics, layer.preconditioner
+    found = {
+        "keys": keys,
+        "values": values,
+        "records": records,
+        "scales": scales,
+        "query_total": statistics.total,
+        "query_count": statistics.count,
+        "query_padding": statistics.padding,
+        "padding": layer.padding,
+        **{name: None if means is None else getattr(means, name) for name in MEANS},
+    }
+    own = {name: tensor for name, tensor in found.items() if tensor is not None}
+    record = LayerRecord(
+        PACKED,
+        tensors=list(own),
+        dtype=_dtype_name(keys),
+        batch=keys.shape[0],
+        kv_heads=keys.shape[1],
+        head_dim=keys.shape[3],
+        sinks=store.sinks,
+        packed_length=store.packed_length,
+        tiles=store.tiles.length,
+        tail=store.tail,
+        rope=rope,
+        mean_rope=None if means is None else _index_of(means.rope, ropes),
+    )
+    return record, own
+
+
+def _describe_host(layer: DynamicLayer) -> tuple[LayerRecord, Tensors]:
+    sliding = {
+        name: getattr(layer, name)
+        for name in ("sliding_window", "cumulative_length", "record_past")
+        if isinstance(layer, DynamicSlidingWindowLayer)
+    }
+    keys, values = layer.keys, layer.values
+    if keys is None or values is None:
+        return LayerRecord(type(layer).__name__, **sliding), {}
+    # before its first states the layer holds tensors of one dimension
+    batch, heads, tokens, head_dim = keys.shape if keys.dim() == 4 else (0, 0, 0, 0)
+    record = LayerRecord(
+        type(layer).__name__,
+        tensors=["keys", "values"],
+        dtype=_dtype_name(keys),
+        batch=batch,
+        kv_heads=heads,
+        head_dim=head_dim,
+        tail=tokens,
+        **sliding,
+    )
+    return record, {"keys": keys, "values": values}
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _index_of(table: RopeTable | None, tables: list[RopeTable]) -> int | None:
+    """Returns the place of a table in `tables`, where it is added if it is new."""
+    if table is None:
+        return None
+    for j, other in enumerate(tables):
+        mine, known = table.inv_freq, other.inv_freq
+        same = table.interleaved is other.interleaved and mine.dtype == known.dtype
+        if same and torch.equal(mine, known):
+            return j
+    tables.append(table)
+    return len(tables) - 1
+
+
+def _separate(tensors: Tensors) -> Tensors:
+    """Returns the tensors contiguous on the CPU, none in the memory of another."""
+    result: Tensors = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        result[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return result
+
+
+def _probe(codec: TileCodec) -> Tensor:
+    """Returns what arbitrary codes of scale 1 decode to: keys and values, float32 `[2, 8, D]`.
+
+    Stored, it tells whether the reader's rotations, codebooks and bit order are the writer's.
+    """
+    layout = codec.layout
+    shape = (1, 1, 1, layout.record_words)
+    words = torch.randint(-(2**31), 2**31, shape, generator=generator(0, "probe"))
+    scales = torch.ones(1, 1, 1, layout.scale_rows, layout.tile_length, dtype=torch.float16)
+    states = codec.decode(words.to(torch.int32), scales)
+    return torch.cat(states, 1)[0, :, :_PROBED_TOKENS]
+
+
+def _check_tensors(header: Header, codecs: dict[int, TileCodec], tensors: Tensors) -> None:
+    """Refuses tensors that are not those the header lists."""
+    expected = {f"ropes.{j}" for j in range(len(header.ropes))}
+    expected |= {f"probes.{head_dim}" for head_dim in codecs}
+    for i, record in enumerate(header.layers):
+        packed = record.kind == PACKED and record.tensors
+        forms = dict(record.forms(codecs[record.head_dim].layout if packed else None))
+        for name in record.tensors:
+            full = f"layers.{i}.{name}"
+            expected.add(full)
+            tensor = tensors.get(full)
+            if tensor is None or forms.get(name) not in (None, _form(tensor)):
+                raise ValueError(
+                    f"{full} is {None if tensor is None else _form(tensor)}, the header says "
+                    f"{forms.get(name)}; {SAVE_AGAIN}"
+                )
+    if expected != set(tensors):
+        raise ValueError(f"there are tensors that the header does not list; {SAVE_AGAIN}")
+
+
+def _form(tensor: Tensor) -> tuple[str | int, ...]:
+    return (_dtype_name(tensor), *tensor.shape)
+
+
+def _check_probes(codecs: dict[int, TileCodec], tensors: Tensors) -> None:
+    """Refuses codes that would decode to something else than they did for their writer."""
+    for head_dim, codec in codecs.items():
+        mine, stored = _probe(codec), tensors[f"probes.{head_dim}"]
+        if mine.shape != stored.shape or (mine - stored).abs().max() > _PROBE_TOLERANCE:
+            raise ValueError(
+                "the cache was packed with other rotations or codebooks than are made here, so it "
+                "would decode to something else; load it with the version that saved it, and "
+                "rebuild codebooks that are not the package's own (rq-hf codebooks clear)"
+            )
+
+
+def _make_cache(header: Header, config: PreTrainedConfig | None) -> RotorQuantCache:
+    """Returns a cache of empty layers: those of the model, or those that the header describes."""
+    if config is not None:
+        cache = RotorQuantCache(config=config, quantization=header.settings)
+        _check_model(header, cache, config)
+        return cache
+    cache = RotorQuantCache(quantization=header.settings)
+    cache.layers = [_make_layer(i, x, header.settings) for i, x in enumerate(header.layers)]
+    if not header.grows:
+        cache.layer_class_to_replicate = None
+    return cache
+
+
+def _make_layer(index: int, record: LayerRecord, settings: RotorQuantConfig) -> Any:
+    if record.kind == PACKED:
+        return RotorQuantLayer(settings, index)
+    if record.kind not in _HOST_KINDS:
+        raise ValueError(f"layer {index} is of an unknown kind, {record.kind!r}")
+    window = record.sliding_window
+    return _HOST_KINDS[record.kind](**({} if window is None else {"sliding_window": window}))
+
+
+def _check_model(header: Header, cache: RotorQuantCache, config: PreTrainedConfig) -> None:
+    """Refuses a cache whose layers are not this model's."""
+    held, told = len(header.layers), len(cache.layers)
+    if held != told:
+        raise ValueError(f"the file holds {held} layers, the model has {told}; {_OTHER_MODEL}")
+    for i, (record, layer) in enumerate(zip(header.layers, cache.layers, strict=True)):
+        for name, mine, models in _facts(record, layer, _layer_config(config, i)):
+            if mine != models:
+                raise ValueError(
+                    f"the {name} of layer {i} is {mine}, the model's is {models}; {_OTHER_MODEL}"
+                )
+
+
+def _facts(record: LayerRecord, layer: Any, config: Any) -> list[tuple[str, Any, Any]]:
+    """Returns what a layer and the model have to agree in: name, the layer's, the model's."""
+    kind = PACKED if isinstance(layer, RotorQuantLayer) else type(layer).__name__
+    window = getattr(layer, "sliding_window", None)
+    facts = [("kind", record.kind, kind), ("window", record.sliding_window, window)]
+    # the exact layers of latent attention hold other sizes than the config names
+    if record.batch and record.kind != DynamicLayer.__name__:
+        sizes = {"num_key_value_heads": record.kv_heads, "head_dim": record.head_dim}
+        for name, size in sizes.items():
+            models = getattr(config, name, None)
+            # where a config does not say, the first update does
+            facts.append((name, size, models if isinstance(models, int) else size))
+    return facts
+
+
+def _layer_config(config: PreTrainedConfig, index: int) -> Any:
+    """Returns the config of one decoder layer, where layers may differ."""
+    decoder = config.get_text_config(decoder=True)
+    try:
+        return decoder.per_layer_config[index]
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        # models older than that describe all layers by one config
+        return decoder
+
+
+def _fill(layer: Any, record: LayerRecord, own: Tensors, ropes: list[RopeTable]) -> None:
+    if record.kind == PACKED:
+        _fill_packed(layer, record, own, ropes)
+        return
+    if own:
+        layer.lazy_initialization(own["keys"], own["values"])
+        layer.keys, layer.values = own["keys"], own["values"]
+    if record.sliding_window is not None:
+        layer.cumulative_length = record.cumulative_length
+        layer.record_past = record.record_past
+
+
+def _fill_packed(
+    layer: RotorQuantLayer, record: LayerRecord, own: Tensors, ropes: list[RopeTable]
+) -> None:
+    layer.rope = None if record.rope is None else ropes[record.rope]
+    if not own:
+        return
+    layer.lazy_initialization(own["keys"], own["values"])
+    assert layer.store is not None
+    layer.store.exact = _buffer(own["keys"], own["values"])
+    layer.store.tiles = _buffer(own["records"], own["scales"])
+    layer.store.packed_length = record.packed_length
+    layer.statistics.total = own.get("query_total")
+    layer.statistics.count = own.get("query_count")
+    layer.statistics.padding = own.get("query_padding")
+    layer.padding = own.get("padding")
+    if all(name in own for name in MEANS):
+        rope = None if record.mean_rope is None else ropes[record.mean_rope]
+        layer.preconditioner = Preconditioner(**{name: own[name] for name in MEANS}, rope=rope)
+
+
+def _buffer(*tensors: Tensor) -> RowBuffer:
+    buffer = RowBuffer(*tensors)
+    buffer.length = tensors[0].shape[2]
+    return buffer

@@ -1,0 +1,403 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The host's ways to generate, each against its dense twin (see `support.replay`).
+
+Both runs make the same calls, so tokens are equal and logits differ by rounding alone.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.models import make_model, make_tokens
+from support.replay import Recording, make_replay, recorded
+from torch import Tensor
+from transformers import AutoTokenizer, Cache, DynamicCache, PreTrainedModel, pipeline
+from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.streamers import BaseStreamer
+
+from rq_hf import RotorQuantCache
+
+FAMILIES = ["llama", "gemma3", "qwen3"]
+SETTINGS: dict[str, Any] = {"nbits": 3, "residual_length": 32, "sink_length": 4}
+# one tile leaves the tail of a prompt of LENGTH tokens, a second one while NEW tokens come
+LENGTH, NEW = 285, 12
+PADDING = 100
+# of the logits' scale; float32 sums in another order
+TOLERANCE = 2e-5
+
+Flow = Callable[[PreTrainedModel, Cache], Any]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    return make_model(request.param)
+
+
+def make_cache(model: PreTrainedModel) -> RotorQuantCache:
+    return RotorQuantCache(config=model.config, **SETTINGS)
+
+
+def generate(
+    model: PreTrainedModel, tokens: Tensor, cache: Cache, **options: Any
+) -> GenerateDecoderOnlyOutput:
+    options = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0} | options
+    if "inputs_embeds" not in options:
+        options = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)} | options
+    torch.manual_seed(0)
+    return model.generate(
+        past_key_values=cache,
+        return_dict_in_generate=True,
+        output_logits=True,
+        output_scores=True,
+        **options,
+    )
+
+
+def padded_batch() -> dict[str, Tensor]:
+    """Returns two prompts, the first left-padded."""
+    tokens = make_tokens(LENGTH, batch=2)
+    mask = torch.ones_like(tokens)
+    tokens[0, :PADDING] = mask[0, :PADDING] = 0
+    return {"input_ids": tokens, "attention_mask": mask}
+
+
+def run_with_twin(model: PreTrainedModel, flow: Flow) -> tuple[Any, Any, RotorQuantCache]:
+    """Returns what a flow gives with a packed cache and with its twin, and the packed cache."""
+    cache = make_cache(model)
+    with recorded() as recording:
+        twin = make_replay(cache, recording)
+        mine = flow(model, cache)
+    theirs = flow(model, twin)
+    assert not recording.states
+    return mine, theirs, cache
+
+
+def assert_as_twin(model: PreTrainedModel, flow: Flow, *, packed: int = 256) -> Any:
+    """Compares a flow that generates with its twin and returns its output."""
+    mine, theirs, cache = run_with_twin(model, flow)
+    assert torch.equal(mine.sequences, theirs.sequences)
+    assert_close(torch.stack(mine.logits), torch.stack(theirs.logits))
+    assert [layer.store.packed_length for layer in cache.packed_layers] == [
+        packed for _ in cache.packed_layers
+    ]
+    assert not any(door.startswith("decoded") for x in cache.packed_layers for door in x.calls)
+    return mine
+
+
+def assert_close(mine: Tensor, theirs: Tensor) -> None:
+    assert float((mine - theirs).abs().max()) < TOLERANCE * float(theirs.abs().max())
+
+
+FLOWS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sample": {"do_sample": True, "num_return_sequences": 3, "top_k": 20},
+    "beam": {"num_beams": 4, "num_return_sequences": 2},
+    "beam-sample": {"num_beams": 3, "do_sample": True},
+    "chunked-prefill": {"prefill_chunk_size": 50},
+    "guidance": {"guidance_scale": 1.5},
+}
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", FLOWS)
+def test_ways_of_choosing_tokens(model: PreTrainedModel, name: str, padded: bool) -> None:
+    if name == "guidance" and padded:
+        pytest.skip("the host's guidance takes no padding")
+    options = FLOWS[name] | (padded_batch() if padded else {})
+    output = assert_as_twin(
+        model, lambda model, cache: generate(model, make_tokens(LENGTH), cache, **options)
+    )
+    exact = DynamicCache(config=model.config)
+    unquantised = generate(model, make_tokens(LENGTH), exact, **options)
+    assert not torch.equal(output.logits[1], unquantised.logits[1])
+
+
+def test_prompt_lookup(model: PreTrainedModel) -> None:
+    tokens = make_tokens(LENGTH // 5).repeat(1, 5)
+    options = {"prompt_lookup_num_tokens": 4}
+    output = assert_as_twin(model, lambda m, cache: generate(m, tokens, cache, **options))
+    greedy = generate(model, tokens, make_cache(model))
+    assert torch.equal(output.sequences, greedy.sequences)
+
+
+def make_assistant(model: PreTrainedModel) -> PreTrainedModel:
+    """Returns a model that guesses right often, not always."""
+    assistant = copy.deepcopy(model)
+    with torch.no_grad():
+        norm = assistant.model.norm.weight
+        norm += 0.3 * torch.randn(norm.shape, generator=torch.Generator().manual_seed(0))
+    return assistant
+
+
+def give_cache(assistant: PreTrainedModel, cache: Cache) -> None:
+    """Makes `assistant` generate with `cache` where it is given none."""
+
+    def prepare(generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
+        if model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = cache
+
+    assistant._prepare_cache_for_generation = prepare  # type: ignore[method-assign]
+
+
+def test_assisted(model: PreTrainedModel) -> None:
+    assistant = make_assistant(model)
+    output = assert_as_twin(
+        model,
+        lambda m, cache: generate(m, make_tokens(LENGTH), cache, assistant_model=assistant),
+    )
+    greedy = generate(model, make_tokens(LENGTH), make_cache(model))
+    assert torch.equal(output.sequences, greedy.sequences)
+
+
+def test_as_the_cache_of_an_assistant(model: PreTrainedModel) -> None:
+    def flow(model: PreTrainedModel, cache: Cache) -> Any:
+        assistant = make_assistant(model)
+        give_cache(assistant, cache)
+        exact = DynamicCache(config=model.config)
+        return generate(model, make_tokens(LENGTH), exact, assistant_model=assistant)
+
+    output = assert_as_twin(model, flow)
+    greedy = generate(model, make_tokens(LENGTH), DynamicCache(config=model.config))
+    assert torch.equal(output.sequences, greedy.sequences)
+
+
+def test_inputs_embeds(model: PreTrainedModel) -> None:
+    tokens = make_tokens(LENGTH)
+    with torch.no_grad():
+        embeddings = model.get_input_embeddings()(tokens)
+    output = assert_as_twin(
+        model, lambda m, cache: generate(m, tokens, cache, inputs_embeds=embeddings)
+    )
+    expected = generate(model, tokens, make_cache(model))
+    assert torch.equal(output.sequences, expected.sequences[:, LENGTH:])
+
+
+def test_turns_on_one_cache(model: PreTrainedModel) -> None:
+    def flow(model: PreTrainedModel, cache: Cache) -> Any:
+        text = make_tokens(LENGTH)
+        for turn in (1, 2, 3):
+            output = generate(model, text, cache)
+            text = torch.cat((output.sequences, make_tokens(10 * turn, seed=turn)), 1)
+        return generate(model, text, cache)
+
+    assert_as_twin(model, flow, packed=256)
+
+
+def test_a_prefix_is_copied_and_shared(model: PreTrainedModel) -> None:
+    prefix = make_tokens(LENGTH)
+
+    @torch.no_grad()
+    def flow(model: PreTrainedModel, cache: Cache) -> Any:
+        model(prefix, past_key_values=cache)
+        for seed in (1, 2):
+            turn = torch.cat((prefix, make_tokens(50, seed=seed)), 1)
+            generate(model, turn, copy.deepcopy(cache))
+        assert cache.get_seq_length() == LENGTH
+        cache.batch_repeat_interleave(3)
+        turns = torch.cat((prefix.repeat(3, 1), make_tokens(50, batch=3, seed=3)), 1)
+        return generate(model, turns, cache)
+
+    output = assert_as_twin(model, flow)
+    alone = torch.cat((prefix, make_tokens(50, batch=3, seed=3)[1:2]), 1)
+    cache = make_cache(model)
+    with torch.no_grad():
+        model(prefix, past_key_values=cache)
+    assert torch.equal(output.sequences[1:2], generate(model, alone, cache).sequences)
+
+
+def test_candidates_are_tried_side_by_side_and_one_is_kept(model: PreTrainedModel) -> None:
+    @torch.no_grad()
+    def flow(model: PreTrainedModel, cache: Cache) -> Tensor:
+        logits = model(make_tokens(LENGTH, batch=2), past_key_values=cache).logits[:, -1]
+        steps = []
+        for _ in range(NEW):
+            candidates = logits.topk(3).indices.reshape(-1, 1)
+            cache.batch_repeat_interleave(3)
+            logits = model(candidates, past_key_values=cache).logits[:, -1]
+            steps.append(logits)
+            chosen = torch.tensor([2, 4])
+            cache.batch_select_indices(chosen)
+            logits = logits[chosen]
+        return torch.stack(steps)
+
+    mine, theirs, cache = run_with_twin(model, flow)
+    assert_close(mine, theirs)
+    assert cache.packed_layers[0].store.packed_length == 256
+
+
+def test_reset_and_reuse_with_another_batch_size(model: PreTrainedModel) -> None:
+    def flow(model: PreTrainedModel, cache: Cache) -> Any:
+        generate(model, make_tokens(LENGTH), cache)
+        # transformers 5.17 leaves its sliding layers at their old length
+        for layer in cache.layers:
+            layer.reset()
+            layer.is_initialized = False
+            layer.cumulative_length = 0
+        return generate(model, make_tokens(LENGTH), cache, **padded_batch())
+
+    assert_as_twin(model, flow)
+
+
+class Collector(BaseStreamer):
+    """Keeps the tokens that are streamed."""
+
+    def __init__(self) -> None:
+        self.parts: list[Tensor] = []
+        self.ended = False
+
+    def put(self, value: Tensor) -> None:
+        self.parts.append(value.reshape(-1))
+
+    def end(self) -> None:
+        self.ended = True
+
+
+def test_streaming(model: PreTrainedModel) -> None:
+    streamer = Collector()
+    output = generate(model, make_tokens(LENGTH), make_cache(model), streamer=streamer)
+    assert streamer.ended and len(streamer.parts) == NEW + 1
+    assert torch.equal(torch.cat(streamer.parts)[None], output.sequences)
+
+
+def test_scores_are_those_of_the_chosen_tokens(model: PreTrainedModel) -> None:
+    output = generate(model, make_tokens(LENGTH), make_cache(model))
+    assert len(output.scores) == NEW
+    chosen = torch.stack(output.scores, 1).argmax(-1)
+    assert torch.equal(chosen, output.sequences[:, LENGTH:])
+    assert isinstance(output.past_key_values, RotorQuantCache)
+
+
+def test_attention_weights_come_back(model: PreTrainedModel) -> None:
+    implementation = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        mine, theirs, cache = run_with_twin(
+            model, lambda m, cache: generate(m, make_tokens(LENGTH), cache, output_attentions=True)
+        )
+    finally:
+        model.set_attn_implementation(implementation)
+    assert set(cache.packed_layers[0].calls) == {"prompt", "eager"}
+    assert len(mine.attentions) == NEW
+    for step, (weights, expected) in enumerate(zip(mine.attentions, theirs.attentions, strict=True)):
+        assert weights[-1].shape[-1] == LENGTH + step
+        for layer, expected_layer in zip(weights, expected, strict=True):
+            torch.testing.assert_close(layer, expected_layer, rtol=1e-4, atol=1e-5)
+            rows = layer.sum(-1)
+            torch.testing.assert_close(rows, torch.ones_like(rows))
+
+
+@pytest.mark.parametrize("texts", [1, 2])
+def test_text_generation_pipeline(saved_model: Path, texts: int) -> None:
+    generator = pipeline("text-generation", model=str(saved_model))
+    tokenizer = AutoTokenizer.from_pretrained(saved_model)
+    generator.tokenizer.pad_token_id = 0
+    generator.tokenizer.padding_side = "left"
+    prompts = [
+        tokenizer.decode(make_tokens(LENGTH - 40 * i, seed=i)[0].tolist()) for i in range(texts)
+    ]
+
+    def flow(model: PreTrainedModel, cache: Cache) -> Any:
+        options = {"past_key_values": cache, "max_new_tokens": NEW, "do_sample": False}
+        if texts > 1:
+            return generator(prompts, batch_size=texts, **options)
+        return generator(prompts[0], **options)
+
+    mine, theirs, cache = run_with_twin(generator.model, flow)
+    assert mine == theirs
+    first = mine[0] if texts == 1 else mine[0][0]
+    assert first["generated_text"].startswith(prompts[0])
+    assert len(first["generated_text"]) > len(prompts[0])
+    assert cache.packed_layers[0].store.packed_length == 256
+    assert cache.packed_layers[0].store.exact.tensors[0].shape[0] == texts
+
+
+def gradients(model: PreTrainedModel, cache: Cache) -> list[Tensor]:
+    """Returns the gradients of a prompt's loss."""
+    model.zero_grad()
+    tokens = make_tokens(LENGTH)
+    model(tokens, past_key_values=cache, labels=tokens).loss.backward()
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def test_a_prompt_in_grad_mode_has_its_gradients_and_fills_the_cache(
+    model: PreTrainedModel,
+) -> None:
+    cache = make_cache(model)
+    mine = gradients(model, cache)
+    expected = gradients(model, DynamicCache(config=model.config))
+    assert len(mine) == len(expected) > 0
+    assert all(torch.equal(a, b) for a, b in zip(mine, expected, strict=True))
+    assert not any(t.requires_grad for x in cache.packed_layers for t in x.store.tensors())
+    turn = torch.cat((make_tokens(LENGTH), make_tokens(50, seed=1)), 1)
+    without_gradients = make_cache(model)
+    with torch.no_grad():
+        model(make_tokens(LENGTH), past_key_values=without_gradients)
+    continued, again = generate(model, turn, cache), generate(model, turn, without_gradients)
+    assert torch.equal(continued.sequences, again.sequences)
+
+
+def test_a_continuation_in_grad_mode(model: PreTrainedModel) -> None:
+    def flow(model: PreTrainedModel, cache: Cache) -> Tensor:
+        with torch.no_grad():
+            model(make_tokens(LENGTH), past_key_values=cache)
+        model.zero_grad()
+        tokens = make_tokens(NEW, seed=1)
+        logits = model(tokens, past_key_values=cache).logits
+        logits.logsumexp(-1).sum().backward()
+        assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+        return logits.detach()
+
+    mine, theirs, _ = run_with_twin(model, flow)
+    assert_close(mine, theirs)
+
+
+def test_inference_mode_then_no_grad(model: PreTrainedModel) -> None:
+    def flow(model: PreTrainedModel, cache: Cache) -> Any:
+        tokens = make_tokens(LENGTH)
+        with torch.inference_mode():
+            model(tokens, past_key_values=cache)
+        turn = torch.cat((tokens, make_tokens(9, seed=1)), 1)
+        with torch.no_grad():
+            model(turn[:, LENGTH:], past_key_values=cache)
+        turn = torch.cat((turn, make_tokens(9, seed=2)), 1)
+        return generate(model, turn, cache)
+
+    cache = make_cache(model)
+    output = flow(model, cache)
+    with recorded() as recording:
+        twin = make_replay(make_cache(model), recording)
+        prompt_without = make_cache(model)
+        with torch.no_grad():
+            model(make_tokens(LENGTH), past_key_values=prompt_without)
+    assert output.sequences.shape[1] == LENGTH + 18 + NEW
+    assert cache.get_seq_length() == LENGTH + 18 + NEW - 1
+    del twin
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    half = copy.deepcopy(model).to(dtype)
+    tokens = make_tokens(LENGTH + NEW)
+
+    @torch.no_grad()
+    def flow(model: PreTrainedModel, cache: Cache) -> Tensor:
+        model(tokens[:, :LENGTH], past_key_values=cache)
+        steps = tokens[:, LENGTH:].split(1, 1)
+        return torch.cat([model(x, past_key_values=cache).logits.float() for x in steps])
+
+    cache = make_cache(half)
+    with recorded() as recording:
+        twin = make_replay(cache, recording)
+        mine = flow(half, cache)
+    again = Recording()
+    again.states = recording.states.copy()
+    in_float32 = flow(copy.deepcopy(half).float(), make_replay(make_cache(half), again))
+    twins_error = (flow(half, twin) - in_float32).norm()
+    assert (mine - in_float32).norm() <= 2 * twins_error
+    output = generate(half, make_tokens(LENGTH), make_cache(half))
+    assert torch.isfinite(torch.stack(output.logits)).all()

@@ -1,0 +1,349 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Any sequence of calls, with any settings, reads as the oracle's dense rows.
+
+`RQ_HF_EXAMPLES=5000` tries that many sequences, others at each run, in place of the few that are
+the same always.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from support.oracle import OracleLayer
+from torch import Tensor
+from torch.nn import functional as F
+
+from rq_hf import RotorQuantCache, RotorQuantConfig
+from rq_hf.handle import Handle
+from rq_hf.layers import RotorQuantLayer
+from rq_hf.quant.rope import RopeTable
+from rq_hf.serialization import load_cache, save_cache
+
+EXAMPLES = os.environ.get("RQ_HF_EXAMPLES")
+LONGEST = 800  # tokens that a sequence grows to
+LARGEST_BATCH = 4
+MEANS = ("pre_mean", "post_mean", "balance", "value_mean")
+
+CONFIGS = st.builds(
+    RotorQuantConfig,
+    key_bits=st.sampled_from([2, 3, 4]),
+    value_bits=st.sampled_from([2, 3, 4]),
+    residual_length=st.sampled_from([0, 1, 32, 40, 128]),
+    sink_length=st.sampled_from([0, 1, 4, 7]),
+    rotation=st.sampled_from(["butterfly", "rotor", "dense", "hadamard", "none"]),
+    key_codec=st.sampled_from(["mse", "mse", "prod"]),
+    scale=st.sampled_from(["least_squares", "norm", "search"]),
+    sketch=st.sampled_from(["orthogonal", "gaussian"]),
+    sketch_size=st.sampled_from([None, 32]),
+    estimator=st.sampled_from(["mmse", "unbiased"]),
+    key_mean=st.sampled_from(["auto", "pre_rope", "post_rope", "none"]),
+    balance=st.booleans(),
+    value_mean=st.booleans(),
+    path=st.sampled_from(["auto", "auto", "dense"]),
+    strict=st.sampled_from([False, False, False, True]),
+)
+SEEDS = st.integers(0, 2**31)
+COUNTS = st.one_of(st.integers(1, 3), st.integers(1, 300))
+# whether the rows are left unread after a call, so that the next one meets pending states
+BLIND = st.sampled_from([False, False, True])
+
+
+def causal_mask(new: int, total: int, padding: Tensor | None) -> Tensor:
+    """True where query j of `new` sees token n of `total`, `[B | 1, 1, new, total]`."""
+    index = torch.arange(total)
+    mask = (index <= torch.arange(total - new, total)[:, None])[None, None]
+    return mask if padding is None else mask & (index >= padding[:, None, None, None])
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """A cache of one layer, and the oracle that is told the same."""
+
+    @initialize(
+        config=CONFIGS,
+        head_dim=st.sampled_from([16, 64, 64, 80, 128]),
+        heads=st.sampled_from([(1, 1), (2, 1), (1, 3), (2, 2)]),
+        dtype=st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16]),
+        biased=st.booleans(),
+        interleaved=st.sampled_from([False, True, None]),
+        seed=SEEDS,
+    )
+    def start(
+        self,
+        config: RotorQuantConfig,
+        head_dim: int,
+        heads: tuple[int, int],
+        dtype: torch.dtype,
+        biased: bool,
+        interleaved: bool | None,
+        seed: int,
+    ) -> None:
+        self.config, self.dtype = config, dtype
+        self.head_dim, self.heads, self.group = head_dim, *heads
+        inv_freq = 100.0 ** -torch.linspace(0, 1, head_dim // 2)
+        self.rope = RopeTable(inv_freq, interleaved)
+        generator = torch.Generator().manual_seed(seed)
+        self.bias = 2.0 * biased * torch.randn(2, self.heads, 1, head_dim, generator=generator)
+        self.cache = RotorQuantCache(quantization=config)
+        self.cache._append_layers(1)
+        self.layer.rope = self.rope
+        self.oracle = OracleLayer(config)
+        self.batch = 0
+        self.padding: Tensor | None = None
+        self.means: dict[str, Tensor] | None = None
+        self.handles: tuple[Any, tuple[Tensor, Tensor]] | None = None
+        self.copies: list[tuple[RotorQuantCache, Tensor | None, Tensor | None]] = []
+
+    @property
+    def layer(self) -> RotorQuantLayer:
+        layer = self.cache.layers[0]
+        assert isinstance(layer, RotorQuantLayer)
+        return layer
+
+    @property
+    def length(self) -> int:
+        return self.oracle.get_seq_length()
+
+    @rule(
+        count=COUNTS,
+        batch=st.integers(1, 3),
+        queried=st.sampled_from([True, True, False]),
+        padding=st.sampled_from([0, 0, 5, 60]),
+        seed=SEEDS,
+        blind=BLIND,
+    )
+    def update(
+        self, count: int, batch: int, queried: bool, padding: int, seed: int, blind: bool
+    ) -> None:
+        start = self.length
+        count = min(count, LONGEST - start)
+        if count == 0:
+            return
+        generator = torch.Generator().manual_seed(seed)
+        if start == 0:
+            self.batch = batch
+            # only a mask tells of padding, and only to handles
+            if padding and count > padding and queried and self.config.path == "auto":
+                self.padding = torch.zeros(batch, dtype=torch.long)
+                self.padding[0] = padding
+        key, value = self.make_states(count, generator)
+        returned = self.cache.update(key, value, 0)
+        answer = None
+        if queried and isinstance(returned[0], Handle):
+            shape = (self.batch, self.heads * self.group, count, self.head_dim)
+            query = torch.randn(shape, generator=generator).to(self.dtype)
+            mask = causal_mask(count, start + count, self.padding)
+            answer = F.scaled_dot_product_attention(query, *returned, mask, enable_gqa=True)
+        self.take_statistics()
+        expected = self.oracle.update(key, value)
+        self.check_handles()
+        if answer is not None:
+            self.check_attention(answer, query, expected, mask)
+            self.handles = (returned, expected)
+        elif not isinstance(returned[0], Handle) and (start or not self.config.strict):
+            self.assert_rows(returned, expected)
+        self.check(blind)
+
+    def make_states(self, count: int, generator: torch.Generator) -> list[Tensor]:
+        shape = (2, self.batch, self.heads, count, self.head_dim)
+        key, value = torch.randn(shape, generator=generator)
+        turned = self.rope.conventions[0].rotate(self.bias[0], self.length, count)
+        return [(key + turned).to(self.dtype), (value + self.bias[1]).to(self.dtype)]
+
+    def take_statistics(self) -> None:
+        """Gives the oracle the layer's statistics, which must never change once they are there."""
+        statistics = self.layer.preconditioner
+        self.oracle.preconditioner, self.oracle.padding = statistics, self.layer.padding
+        if self.means is not None:
+            assert statistics is not None
+            for name, mean in self.means.items():
+                assert torch.equal(getattr(statistics, name), mean), name
+        elif statistics is not None:
+            self.means = {name: getattr(statistics, name).clone() for name in MEANS}
+
+    def check_attention(
+        self, answer: Tensor, query: Tensor, states: tuple[Tensor, Tensor], mask: Tensor
+    ) -> None:
+        expected = F.scaled_dot_product_attention(
+            query.float(), *(x.float() for x in states), mask, enable_gqa=True
+        )
+        # queries of padding see nothing
+        seen = mask.any(-1)[..., None].expand_as(answer)
+        eps = torch.finfo(self.dtype).eps
+        size = float(states[1].abs().max())
+        torch.testing.assert_close(
+            answer.float()[seen], expected[seen], rtol=0, atol=max(2e-5, 2 * eps) * size
+        )
+
+    def check_handles(self) -> None:
+        """What handles stand for stays as it was, whatever is stored after them."""
+        if self.handles is not None:
+            returned, expected = self.handles
+            self.assert_rows([x.dense() for x in returned], expected)
+            self.handles = None
+
+    @precondition(lambda self: self.length)
+    @rule(removed=st.one_of(st.integers(1, 5), st.integers(1, LONGEST)), blind=BLIND)
+    def crop(self, removed: int, blind: bool) -> None:
+        self.handles = None
+        left = self.length - removed
+        if self.padding is not None and left > 0:
+            self.layer.settle()
+            if left < int(self.padding.max()) + self.config.sink_length:
+                if self.layer.padding is None:
+                    return
+                try:
+                    self.cache.crop(-removed)
+                    raise AssertionError("cropped into the sinks of a padded sequence")
+                except ValueError:
+                    self.check(False)
+                    return
+        self.layer.settle()
+        store = self.layer.store
+        before = [x.clone() for x in store.tiles.view()] if store is not None else []
+        self.cache.crop(-removed)
+        if left > 0:
+            self.oracle.crop(-removed)
+            kept = store.tiles.length
+            for old, new in zip(before, store.tiles.view(), strict=True):
+                assert torch.equal(old[:, :, :kept], new)
+        else:
+            self.forget()
+        self.check(blind)
+
+    @rule()
+    def reset(self) -> None:
+        self.cache.reset()
+        self.forget()
+        self.check(False)
+
+    def forget(self) -> None:
+        self.oracle.reset()
+        self.padding = self.means = self.handles = None
+
+    @precondition(lambda self: self.length)
+    @rule(data=st.data(), kind=st.sampled_from(["reorder", "select", "mask"]), blind=BLIND)
+    def pick(self, data: st.DataObject, kind: str, blind: bool) -> None:
+        rows = st.integers(0, self.batch - 1)
+        if kind == "mask":
+            flags = st.lists(st.booleans(), min_size=self.batch, max_size=self.batch).filter(any)
+            index = torch.tensor(data.draw(flags))
+        else:
+            size = self.batch if kind == "reorder" else data.draw(st.integers(1, LARGEST_BATCH))
+            index = torch.tensor(data.draw(st.lists(rows, min_size=size, max_size=size)))
+        for each in (self.cache, self.oracle):
+            if kind == "reorder":
+                each.reorder_cache(index)
+            else:
+                each.batch_select_indices(index)
+        self.follow(lambda x: x[index])
+        self.check(blind)
+
+    @precondition(lambda self: self.length and self.batch <= LARGEST_BATCH // 2)
+    @rule(blind=BLIND)
+    def repeat(self, blind: bool) -> None:
+        for each in (self.cache, self.oracle):
+            each.batch_repeat_interleave(2)
+        self.follow(lambda x: x.repeat_interleave(2, 0))
+        self.check(blind)
+
+    def follow(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Does to the machine's own notes what was done to the batch."""
+        # states that waited were stored before
+        fresh = self.means is None
+        if fresh:
+            self.take_statistics()
+        elif self.means is not None:
+            self.means = {name: function(mean) for name, mean in self.means.items()}
+        self.padding = None if self.padding is None else function(self.padding)
+        self.batch = len(function(torch.zeros(self.batch)))
+        self.handles = None
+
+    @rule(blind=BLIND, go_on=st.booleans())
+    def save_and_load(self, blind: bool, go_on: bool) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "cache"
+            save_cache(self.cache, path)
+            loaded = load_cache(path)
+        for mine, theirs in (
+            (self.layer.keys, loaded.layers[0].keys),
+            (self.layer.values, loaded.layers[0].values),
+        ):
+            assert (mine is None and theirs is None) or torch.equal(mine, theirs)
+        if go_on:
+            self.cache = loaded
+        self.check(blind)
+
+    @precondition(lambda self: len(self.copies) < 3)
+    @rule(blind=BLIND)
+    def go_on_with_a_copy(self, blind: bool) -> None:
+        original, self.cache = self.cache, copy.deepcopy(self.cache)
+        layer = original.layers[0]
+        clones = (None if x is None else x.clone() for x in (layer.keys, layer.values))
+        self.copies.append((original, *clones))
+        self.check(blind)
+
+    @rule(fetch=st.booleans(), blind=BLIND)
+    def offload(self, fetch: bool, blind: bool) -> None:
+        self.layer.offload()
+        if fetch:
+            self.layer.prefetch()
+        self.check(blind)
+
+    def check(self, blind: bool) -> None:
+        assert self.cache.get_seq_length() == self.length
+        if blind:
+            return
+        if self.length == 0:
+            assert self.layer.keys is None and self.layer.values is None
+            return
+        rows = (self.layer.keys, self.layer.values)
+        self.take_statistics()
+        self.assert_rows(rows, self.oracle.read())
+        self.check_store()
+
+    def check_store(self) -> None:
+        """As many tokens are packed as there are whole tiles of."""
+        store = self.layer.store
+        assert store is not None
+        assert store.packed_length == self.oracle.packed
+        assert store.tiles.length == -(-store.packed_length // store.tile_length)
+        limit = 1 if self.config.strict else self.config.residual_length + store.tile_length
+        assert store.tail + store.open_tokens * (not self.config.strict) < limit
+
+    def assert_rows(self, mine: Any, theirs: Any) -> None:
+        """Both have the same rows, but for rounding; padding does not count."""
+        eps = torch.finfo(self.dtype).eps
+        for a, b in zip(mine, theirs, strict=True):
+            assert a.shape == b.shape and a.dtype == b.dtype
+            if self.padding is not None:
+                hidden = torch.arange(a.shape[2]) < self.padding[:, None]
+                a, b = (x.masked_fill(hidden[:, None, :, None], 0) for x in (a, b))
+            # half types: numbers of float32 that differ in rounding may fall to both sides
+            tolerance = 1e-5 if self.dtype == torch.float32 else eps
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+    def teardown(self) -> None:
+        for original, *clones in getattr(self, "copies", []):
+            layer = original.layers[0]
+            for mine, clone in zip((layer.keys, layer.values), clones, strict=True):
+                assert (mine is None and clone is None) or torch.equal(mine, clone)
+
+
+CacheMachine.TestCase.settings = settings(
+    max_examples=int(EXAMPLES or 200),
+    stateful_step_count=30,
+    derandomize=EXAMPLES is None,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+TestCache = CacheMachine.TestCase

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A dense twin that reads what the packed layers of another run held, decoded.
+
+A packed run is recorded: what each update of a packed layer stands for, as dense tensors. The
+same calls of the model are then made with a cache that hands these tensors out, so that the
+host's own attention reads the very numbers that were read packed. No rounding to codes happens
+twice, and whatever differs is a mistake, not a quantiser's choice.
+
+The twin also keeps every token exactly, in the host's own class, and compares: what was recorded
+must be these tokens, in this order, up to the error of the codes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from rq_hf.handle import Handle
+from rq_hf.layers import RotorQuantLayer
+from rq_hf.sources import PromptSource, ViewSource
+
+
+class Recording:
+    """What the updates of packed layers stood for, in the order of the calls."""
+
+    def __init__(self) -> None:
+        self.states: deque[tuple[Tensor, Tensor]] = deque()
+
+    def __deepcopy__(self, memo: Any) -> Recording:
+        """Copies of a cache take part in the same run."""
+        return self
+
+
+@contextmanager
+def recorded() -> Iterator[Recording]:
+    """Records the updates of all packed layers within the context."""
+    recording = Recording()
+    update = RotorQuantLayer.update
+
+    def recording_update(layer: RotorQuantLayer, *args: Any, **kwargs: Any) -> Any:
+        key, value = update(layer, *args, **kwargs)
+        # at once: rows that a crop frees are written to later
+        recording.states.append(_dense(key, value))
+        return key, value
+
+    with patch.object(RotorQuantLayer, "update", recording_update):
+        yield recording
+
+
+def _dense(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    source = key.source if isinstance(key, Handle) else None
+    if isinstance(source, ViewSource):
+        # past the handle, which would remember that it was decoded
+        return source.view.dense()
+    if isinstance(source, PromptSource):
+        return source.key.detach().clone(), source.value.detach().clone()
+    return key.detach().clone(), value.detach().clone()
+
+
+class ReplayLayer(DynamicLayer):
+    """Dense rows, of which attention reads the recorded ones.
+
+    Args:
+        recording: Of a run with the same calls.
+        tolerance: Allowed relative error of a recorded tensor, as a whole.
+    """
+
+    def __init__(self, recording: Recording, tolerance: float) -> None:
+        super().__init__()
+        self.recording = recording
+        self.tolerance = tolerance
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the recorded keys and values `[B, Hk, n, D]`."""
+        exact = super().update(key_states, value_states)
+        decoded = self.recording.states.popleft()
+        for mine, theirs in zip(exact, decoded, strict=True):
+            assert mine.shape == theirs.shape
+            assert _relative_error(theirs, mine) < self.tolerance
+        return decoded[0].to(key_states.dtype), decoded[1].to(value_states.dtype)
+
+
+def _relative_error(x: Tensor, exact: Tensor) -> float:
+    return float((x.float() - exact.float()).norm() / exact.float().norm())
+
+
+def make_replay(
+    cache: Cache, recording: Recording, *, tolerance: float = 0.35
+) -> Cache:
+    """Returns a twin of an empty `cache`: its packed layers replay, others are of the same kind."""
+    layers = [
+        ReplayLayer(recording, tolerance) if isinstance(layer, RotorQuantLayer) else copy.deepcopy(layer)
+        for layer in cache.layers
+    ]
+    return Cache(layers=layers)
