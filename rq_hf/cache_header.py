@@ -95,12 +95,18 @@ class Header:
     @cached_property
     def settings(self) -> RotorQuantConfig:
         """How the cache stores; TypeError or ValueError if this version does not know it."""
-        return RotorQuantConfig(**self.quantization)
+        fields = dict(self.quantization)
+        if fields.get("layer_bits"):
+            # JSON has no keys but strings
+            fields["layer_bits"] = {int(layer): x for layer, x in fields["layer_bits"].items()}
+        return RotorQuantConfig(**fields)
 
-    @property
-    def packed_sizes(self) -> list[int]:
-        """Each head_dim of the packed layers that hold something."""
-        return sorted({x.head_dim for x in self.layers if x.kind == PACKED and x.tensors})
+    def coding(self, index: int) -> tuple[RotorQuantConfig, int] | None:
+        """Returns settings and head_dim of a packed layer; None if it holds nothing packed."""
+        record, settings = self.layers[index], self.settings.for_layer(index)
+        if record.kind != PACKED or not record.tensors or settings is None:
+            return None
+        return settings, record.head_dim
 
     def to_json(self) -> str:
         """Returns the text that `parse` reads."""
@@ -119,6 +125,6 @@ class Header:
             header = cls(**{**fields, "layers": layers})
             # settings are checked as they are made
             header.settings  # noqa: B018
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"not a header of this format: {error}") from error
         return header

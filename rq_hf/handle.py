@@ -64,13 +64,27 @@ class Handle(torch.Tensor):
     repeats: int
 
     @staticmethod
-    def __new__(cls, source: Source, role: Role, form: Form = "bhnd", repeats: int = 1) -> Handle:
+    def __new__(
+        cls,
+        source: Source,
+        role: Role,
+        form: Form = "bhnd",
+        repeats: int = 1,
+        dtype: torch.dtype | None = None,
+    ) -> Handle:
         shape = _shape(source.shape, form, repeats)
         return torch.Tensor._make_wrapper_subclass(
-            cls, shape, dtype=source.dtype, device=source.device
+            cls, shape, dtype=dtype or source.dtype, device=source.device
         )
 
-    def __init__(self, source: Source, role: Role, form: Form = "bhnd", repeats: int = 1) -> None:
+    def __init__(
+        self,
+        source: Source,
+        role: Role,
+        form: Form = "bhnd",
+        repeats: int = 1,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         self.source, self.role, self.form, self.repeats = source, role, form, repeats
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -78,11 +92,12 @@ class Handle(torch.Tensor):
 
     def as_form(self, form: Form, repeats: int | None = None) -> Handle:
         """Returns the same states seen in another form."""
-        return Handle(self.source, self.role, form, self.repeats if repeats is None else repeats)
+        repeats = self.repeats if repeats is None else repeats
+        return Handle(self.source, self.role, form, repeats, self.dtype)
 
     def dense(self) -> Tensor:
         """Returns the states as an ordinary tensor of this shape."""
-        states = self.source.dense(self.role)
+        states = self.source.dense(self.role).to(self.dtype)
         if self.form == "bh1nd":
             return states[:, :, None]
         if self.form == "bhrnd":
@@ -200,6 +215,19 @@ def _repeat_interleave(states: Any, repeats: Any = None, dim: Any = None, **kwar
     if plain and isinstance(repeats, int) and dim in (1, -3) and not kwargs:
         return states.as_form("bhnd", repeats)
     return NotImplemented
+
+
+@_answers(torch.Tensor.to)
+def _to(states: Any, *args: Any, **kwargs: Any) -> Any:
+    only_dtype = len(args) == 1 and isinstance(args[0], torch.dtype) and not kwargs
+    if isinstance(states, Handle) and only_dtype:
+        return Handle(states.source, states.role, states.form, states.repeats, args[0])
+    return NotImplemented
+
+
+@_answers(torch.Tensor.float)
+def _float(states: Any) -> Any:
+    return _to(states, torch.float32)
 
 
 @_answers(torch.Tensor.contiguous)

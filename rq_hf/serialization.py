@@ -4,7 +4,7 @@
     header    settings, and what each layer holds, see `cache_header`
     tensors   layers.<i>.*   what layer i holds, buffers cut to the part in use
               ropes.<j>      inv_freq of position embeddings, each once
-              probes.<D>     what fixed codes decode to, see `_probe`
+              probes.<name>  what fixed codes decode to, one a codec, see `_probe`
 
 Rotations, sketches and codebooks follow from the settings and are not in the file. A change of
 anything that decoding needs is a new format (`cache_file.FORMAT`).
@@ -26,7 +26,8 @@ from rq_hf.cache import RotorQuantCache
 from rq_hf.cache_file import SAVE_AGAIN, Tensors
 from rq_hf.cache_header import MEANS, PACKED, Header, LayerRecord
 from rq_hf.config import RotorQuantConfig
-from rq_hf.layers import RotorQuantLayer, make_codec
+from rq_hf.layers import RotorQuantLayer
+from rq_hf.packed_states import make_codec
 from rq_hf.quant.preconditioning import Preconditioner
 from rq_hf.quant.rope import RopeTable
 from rq_hf.quant.seeding import generator
@@ -87,7 +88,7 @@ def load_cache(
         try:
             header = Header.parse(text)
             cache = _make_cache(header, config)
-            codecs = {x: make_codec(header.settings, x) for x in header.packed_sizes}
+            codecs = _codecs(header)
             _check_tensors(header, codecs, tensors)
             _check_probes(codecs, tensors)
         except ValueError as error:
@@ -118,8 +119,7 @@ def _collect(cache: RotorQuantCache) -> tuple[Header, Tensors]:
         ropes=[table.interleaved for table in ropes],
         grows=cache.layer_class_to_replicate is not None,
     )
-    for head_dim in header.packed_sizes:
-        tensors[f"probes.{head_dim}"] = _probe(make_codec(header.settings, head_dim))
+    tensors.update({name: _probe(codec) for name, codec in _codecs(header).items()})
     return header, _separate(tensors)
 
 
@@ -224,6 +224,16 @@ def _separate(tensors: Tensors) -> Tensors:
     return result
 
 
+def _codecs(header: Header) -> dict[str, TileCodec]:
+    """Returns every codec that the layers use, by the name of its probe."""
+    codings = [header.coding(i) for i in range(len(header.layers))]
+    return {_probe_name(*x): make_codec(*x) for x in codings if x is not None}
+
+
+def _probe_name(settings: RotorQuantConfig, head_dim: int) -> str:
+    return f"probes.{head_dim}.{settings.key_bits}.{settings.value_bits}"
+
+
 def _probe(codec: TileCodec) -> Tensor:
     """Returns what arbitrary codes of scale 1 decode to: keys and values, float32 `[2, 8, D]`.
 
@@ -240,10 +250,11 @@ def _probe(codec: TileCodec) -> Tensor:
 def _check_tensors(header: Header, codecs: dict[int, TileCodec], tensors: Tensors) -> None:
     """Refuses tensors that are not those the header lists."""
     expected = {f"ropes.{j}" for j in range(len(header.ropes))}
-    expected |= {f"probes.{head_dim}" for head_dim in codecs}
+    expected |= set(codecs)
     for i, record in enumerate(header.layers):
-        packed = record.kind == PACKED and record.tensors
-        forms = dict(record.forms(codecs[record.head_dim].layout if packed else None))
+        coding = header.coding(i)
+        layout = None if coding is None else codecs[_probe_name(*coding)].layout
+        forms = dict(record.forms(layout))
         for name in record.tensors:
             full = f"layers.{i}.{name}"
             expected.add(full)
@@ -263,8 +274,8 @@ def _form(tensor: Tensor) -> tuple[str | int, ...]:
 
 def _check_probes(codecs: dict[int, TileCodec], tensors: Tensors) -> None:
     """Refuses codes that would decode to something else than they did for their writer."""
-    for head_dim, codec in codecs.items():
-        mine, stored = _probe(codec), tensors[f"probes.{head_dim}"]
+    for name, codec in codecs.items():
+        mine, stored = _probe(codec), tensors[name]
         if mine.shape != stored.shape or (mine - stored).abs().max() > _PROBE_TOLERANCE:
             raise ValueError(
                 "the cache was packed with other rotations or codebooks than are made here, so it "
@@ -287,8 +298,9 @@ def _make_cache(header: Header, config: PreTrainedConfig | None) -> RotorQuantCa
 
 
 def _make_layer(index: int, record: LayerRecord, settings: RotorQuantConfig) -> Any:
-    if record.kind == PACKED:
-        return RotorQuantLayer(settings, index)
+    own = settings.for_layer(index)
+    if record.kind == PACKED and own is not None:
+        return RotorQuantLayer(own, index)
     if record.kind not in _HOST_KINDS:
         raise ValueError(f"layer {index} is of an unknown kind, {record.kind!r}")
     window = record.sliding_window

@@ -170,12 +170,12 @@ class PromptSource:
         self.layer.count("prompt")
         # noted once the weights have shown the padding
         self._query = query
-        return query @ _repeat(self.key, query.shape[1]).transpose(2, 3)
+        return query @ _repeat(self.key, query).transpose(2, 3)
 
     def mix(self, weights: Tensor) -> Tensor | None:
         if self.strict:
             return self.stored().mix(weights)
-        result = weights @ _repeat(self.value, weights.shape[1])
+        result = weights @ _repeat(self.value, weights)
         if self._query is not None:
             padding = padding_of_weights(weights)
             self.layer.observe(self._query, padding, weights.shape[2])
@@ -186,7 +186,8 @@ class PromptSource:
     def dense(self, role: Role) -> Tensor:
         if self.strict:
             return self.stored().dense(role)
-        return self.key if role == "key" else self.value
+        # model code may count on the memory format that a concatenation would have
+        return (self.key if role == "key" else self.value).contiguous()
 
     def stored(self) -> ViewSource:
         """Stores the prompt and returns what is read of it from then on."""
@@ -197,8 +198,10 @@ class PromptSource:
         return self._stored
 
 
-def _repeat(states: Tensor, heads: int) -> Tensor:
-    repeats = heads // states.shape[1]
+def _repeat(states: Tensor, like: Tensor) -> Tensor:
+    """Returns `states` with the heads and the dtype of `like`."""
+    repeats = like.shape[1] // states.shape[1]
+    states = states.to(like.dtype)
     return states if repeats == 1 else states.repeat_interleave(repeats, 1)
 
 

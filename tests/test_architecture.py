@@ -40,10 +40,21 @@ ARROWS = {
     "cache": {"attention", "config", "layers", "memory", "quant", "rope"},
     "integration": {"attention", "cache"},
     "cache_file": {""},
-    "serialization": {"", "cache", "cache_file", "config", "layers", "quant", "storage"},
+    "cache_header": {"config", "quant"},
+    "serialization": {
+        "",
+        "cache",
+        "cache_file",
+        "cache_header",
+        "config",
+        "layers",
+        "quant",
+        "storage",
+    },
     "": {"cache", "config", "integration"},
     "cli": {"", "config", "cache", "quant", "ops"},
 }
+# these may import transformers
 HOST = {
     "attention",
     "cache",

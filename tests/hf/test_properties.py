@@ -35,8 +35,8 @@ MEANS = ("pre_mean", "post_mean", "balance", "value_mean")
 
 CONFIGS = st.builds(
     RotorQuantConfig,
-    key_bits=st.sampled_from([2, 3, 4]),
-    value_bits=st.sampled_from([2, 3, 4]),
+    key_bits=st.sampled_from([2, 3, 4, 8]),
+    value_bits=st.sampled_from([2, 3, 4, 8]),
     residual_length=st.sampled_from([0, 1, 32, 40, 128]),
     sink_length=st.sampled_from([0, 1, 4, 7]),
     rotation=st.sampled_from(["butterfly", "rotor", "dense", "hadamard", "none"]),
@@ -52,7 +52,7 @@ CONFIGS = st.builds(
     strict=st.sampled_from([False, False, False, True]),
 )
 SEEDS = st.integers(0, 2**31)
-COUNTS = st.one_of(st.integers(1, 3), st.integers(1, 300))
+QUERIED = st.sampled_from([True, True, False])
 # whether the rows are left unread after a call, so that the next one meets pending states
 BLIND = st.sampled_from([False, False, True])
 
@@ -113,13 +113,23 @@ class CacheMachine(RuleBasedStateMachine):
         return self.oracle.get_seq_length()
 
     @rule(
-        count=COUNTS,
         batch=st.integers(1, 3),
-        queried=st.sampled_from([True, True, False]),
+        queried=QUERIED,
         padding=st.sampled_from([0, 0, 5, 60]),
+        count=st.one_of(st.integers(1, 300), st.integers(150, 300)),
         seed=SEEDS,
         blind=BLIND,
     )
+    def prompt(
+        self, batch: int, queried: bool, padding: int, count: int, seed: int, blind: bool
+    ) -> None:
+        self.update(count, batch, queried, padding, seed, blind)
+
+    @precondition(lambda self: self.length)
+    @rule(count=st.sampled_from([1, 1, 2, 33, 130]), queried=QUERIED, seed=SEEDS, blind=BLIND)
+    def step(self, count: int, queried: bool, seed: int, blind: bool) -> None:
+        self.update(count, self.batch, queried, 0, seed, blind)
+
     def update(
         self, count: int, batch: int, queried: bool, padding: int, seed: int, blind: bool
     ) -> None:
@@ -191,7 +201,7 @@ class CacheMachine(RuleBasedStateMachine):
             self.handles = None
 
     @precondition(lambda self: self.length)
-    @rule(removed=st.one_of(st.integers(1, 5), st.integers(1, LONGEST)), blind=BLIND)
+    @rule(removed=st.one_of(st.integers(1, 5), st.integers(1, 300)), blind=BLIND)
     def crop(self, removed: int, blind: bool) -> None:
         self.handles = None
         left = self.length - removed
@@ -219,6 +229,7 @@ class CacheMachine(RuleBasedStateMachine):
             self.forget()
         self.check(blind)
 
+    @precondition(lambda self: self.length > LONGEST // 2)
     @rule()
     def reset(self) -> None:
         self.cache.reset()
@@ -226,7 +237,8 @@ class CacheMachine(RuleBasedStateMachine):
         self.check(False)
 
     def forget(self) -> None:
-        self.oracle.reset()
+        # the host's own reset keeps tokens of zeros in some versions
+        self.oracle = OracleLayer(self.config)
         self.padding = self.means = self.handles = None
 
     @precondition(lambda self: self.length)
@@ -234,8 +246,8 @@ class CacheMachine(RuleBasedStateMachine):
     def pick(self, data: st.DataObject, kind: str, blind: bool) -> None:
         rows = st.integers(0, self.batch - 1)
         if kind == "mask":
-            flags = st.lists(st.booleans(), min_size=self.batch, max_size=self.batch).filter(any)
-            index = torch.tensor(data.draw(flags))
+            index = torch.zeros(self.batch, dtype=torch.bool)
+            index[data.draw(st.lists(rows, min_size=1))] = True
         else:
             size = self.batch if kind == "reorder" else data.draw(st.integers(1, LARGEST_BATCH))
             index = torch.tensor(data.draw(st.lists(rows, min_size=size, max_size=size)))
@@ -339,7 +351,7 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 CacheMachine.TestCase.settings = settings(
-    max_examples=int(EXAMPLES or 200),
+    max_examples=int(EXAMPLES or 120),
     stateful_step_count=30,
     derandomize=EXAMPLES is None,
     deadline=None,

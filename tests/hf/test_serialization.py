@@ -121,6 +121,8 @@ CASES: dict[str, tuple[Any, torch.dtype, dict[str, Any], int, int, int, int]] = 
     "two kinds": ("gemma3", torch.float32, {}, 2, 400, 0, 0),
     "two kinds, short": ("gemma3", torch.float32, {}, 1, 20, 0, 0),
     "nothing packed": ("mistral-sliding", torch.bfloat16, {}, 2, 100, 0, 0),
+    "bits by layer": ("llama", torch.float32, {"layer_bits": {0: 8}}, 1, 400, 0, 0),
+    "an exact layer": ("llama", torch.float32, {"layer_bits": {0: 16, 1: 4}}, 1, 400, 0, 0),
     "no RoPE": ("gpt2", torch.float32, {}, 2, 400, 0, 0),
     "eight": ("llama", torch.bfloat16, {}, 8, 300, 0, 0),
 }

@@ -71,7 +71,8 @@ DELTA = {
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 16,
 }
-MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16}
+# small chunks: the host's own code for the CPU takes memory and time by their square
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_chunk_size": 32}
 LOCAL_EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
 EXPERTS = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32}
 ROUTED_EXPERTS = {
@@ -274,11 +275,14 @@ DECODERS: dict[str, Maker] = {
         mamba_head_dim=16,
         ssm_state_size=16,
         n_groups=1,
+        chunk_size=32,
     ),
     "falcon-h1": _decoder("falcon_h1", {**MAMBA, "mamba_d_head": 16}, mamba_d_ssm=128, head_dim=32),
     "deepseek-v2": _decoder("deepseek_v2", LATENT),
     "deepseek-v3": _decoder("deepseek_v3", LATENT),
-    "llava": _with_vision("LlavaForConditionalGeneration", "llama", "clip_vision_model", head_dim=64),
+    "llava": _with_vision(
+        "LlavaForConditionalGeneration", "llama", "clip_vision_model", head_dim=64
+    ),
     "gemma3-vision": _with_vision(
         "Gemma3ForConditionalGeneration",
         "gemma3_text",

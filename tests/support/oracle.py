@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from rq_hf import RotorQuantCache, RotorQuantConfig
-from rq_hf.layers import RotorQuantLayer, make_codec
+from rq_hf.layers import RotorQuantLayer
+from rq_hf.packed_states import make_codec
 from rq_hf.quant.preconditioning import Preconditioner
 
 

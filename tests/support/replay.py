@@ -90,15 +90,15 @@ class ReplayLayer(DynamicLayer):
 
 
 def _relative_error(x: Tensor, exact: Tensor) -> float:
-    return float((x.float() - exact.float()).norm() / exact.float().norm())
+    return float((x - exact).detach().float().norm() / exact.detach().float().norm())
 
 
-def make_replay(
-    cache: Cache, recording: Recording, *, tolerance: float = 0.35
-) -> Cache:
+def make_replay(cache: Cache, recording: Recording, *, tolerance: float = 0.35) -> Cache:
     """Returns a twin of an empty `cache`: its packed layers replay, others are of the same kind."""
     layers = [
-        ReplayLayer(recording, tolerance) if isinstance(layer, RotorQuantLayer) else copy.deepcopy(layer)
+        ReplayLayer(recording, tolerance)
+        if isinstance(layer, RotorQuantLayer)
+        else copy.deepcopy(layer)
         for layer in cache.layers
     ]
     return Cache(layers=layers)
