@@ -44,11 +44,11 @@ def device_name(device: torch.device) -> str:
 def commit() -> str | None:
     """Returns the commit of this checkout, with "-dirty" if tracked files differ from it.
 
-    None outside of a checkout.
+    Outside of a checkout what the variable GIT_COMMIT says, or None.
     """
     head = _git("rev-parse", "HEAD")
     if head is None:
-        return None
+        return os.environ.get("GIT_COMMIT")
     return head + ("-dirty" if _git("status", "--porcelain", "--untracked-files=no") else "")
 
 

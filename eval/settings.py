@@ -27,9 +27,10 @@ PLAIN: dict[str, Any] = {
     "value_mean": False,
     "sink_length": 0,
 }
-PROD = {"key_codec": "prod", "sketch": "gaussian", "estimator": "unbiased"}
-ROTORQUANT = {**PLAIN, "rotation": "rotor"}
-TURBOQUANT = {**PLAIN, "rotation": "dense", "codebook": "beta"}
+# read with key_codec="prod" alone
+QJL = {"sketch": "gaussian", "estimator": "unbiased"}
+ROTORQUANT = {**PLAIN, **QJL, "rotation": "rotor"}
+TURBOQUANT = {**PLAIN, **QJL, "rotation": "dense", "codebook": "beta"}
 
 # every step keeps what those above it added
 LADDER: dict[str, dict[str, Any]] = {
@@ -53,9 +54,9 @@ def _climb(steps: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 NAMED: dict[str, dict[str, Any]] = {
     "near-lossless": {},
     "rotorquant": ROTORQUANT,
-    "rotorquant-prod": {**ROTORQUANT, **PROD},
+    "rotorquant-prod": {**ROTORQUANT, "key_codec": "prod"},
     "turboquant": TURBOQUANT,
-    "turboquant-prod": {**TURBOQUANT, **PROD},
+    "turboquant-prod": {**TURBOQUANT, "key_codec": "prod"},
     **_climb(LADDER),
 }
 # transformers' own quantised caches, by backend

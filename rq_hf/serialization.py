@@ -247,7 +247,7 @@ def _probe(codec: TileCodec) -> Tensor:
     return torch.cat(states, 1)[0, :, :_PROBED_TOKENS]
 
 
-def _check_tensors(header: Header, codecs: dict[int, TileCodec], tensors: Tensors) -> None:
+def _check_tensors(header: Header, codecs: dict[str, TileCodec], tensors: Tensors) -> None:
     """Refuses tensors that are not those the header lists."""
     expected = {f"ropes.{j}" for j in range(len(header.ropes))}
     expected |= set(codecs)
@@ -272,7 +272,7 @@ def _form(tensor: Tensor) -> tuple[str | int, ...]:
     return (_dtype_name(tensor), *tensor.shape)
 
 
-def _check_probes(codecs: dict[int, TileCodec], tensors: Tensors) -> None:
+def _check_probes(codecs: dict[str, TileCodec], tensors: Tensors) -> None:
     """Refuses codes that would decode to something else than they did for their writer."""
     for name, codec in codecs.items():
         mine, stored = _probe(codec), tensors[name]

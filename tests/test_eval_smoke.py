@@ -220,6 +220,12 @@ def test_ladder_ends_at_the_default() -> None:
     assert all(len(keys) == 1 for keys in changed)
 
 
+@pytest.mark.parametrize("name", ["near-lossless", "rotorquant", "turboquant"])
+def test_methods_are_the_packages_presets(name: str) -> None:
+    (setting,) = parse_settings([f"{name}:3"], strict=False)
+    assert RotorQuantConfig(**setting.options) == RotorQuantConfig.from_preset(name)
+
+
 def test_settings_take_fields() -> None:
     (setting,) = parse_settings(["rotorquant:3,value_bits=2,rotation=dense"], strict=True)
     wanted = {"key_bits": 3, "value_bits": 2, "rotation": "dense", "strict": True}
