@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 import weakref
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from dataclasses import fields
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import (
@@ -134,6 +136,39 @@ class RotorQuantCache(Cache):
             dense_bytes=stored * item_bytes + storage_bytes(host_tensors),
             dense_bf16_bytes=(stored + host_numbers) * BF16_BYTES,
         )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the packed cache to a safetensors file, in one step; see `serialization`.
+
+        Raises:
+            ValueError: A layer is of a kind that cannot be saved.
+        """
+        # loading imports this module
+        from rq_hf.serialization import save_cache
+
+        save_cache(self, path)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        config: PreTrainedConfig | None = None,
+        *,
+        device: str | torch.device = "cpu",
+    ) -> RotorQuantCache:
+        """Returns the cache that `save` wrote; generation goes on as if it had never stopped.
+
+        Args:
+            path: The file.
+            config: The model's config, to check that the file is of such a model.
+            device: Where the buffers go.
+
+        Raises:
+            ValueError: The file is damaged, foreign, newer, or of another model.
+        """
+        from rq_hf.serialization import load_cache
+
+        return load_cache(path, config, device=device)
 
     def describe(self) -> str:
         """Returns one line a layer: what is stored how, and what attention reads."""

@@ -33,7 +33,7 @@ class RowBuffer:
     def append(self, *rows: Tensor) -> None:
         """Copies `rows`, one tensor `[B, Hk, n, ...]` for each of the buffer's, behind the last.
 
-        Rows in use are never written to, so views of them stay as they are.
+        Rows in use are never written to, so views of them stay as they are until rows are dropped.
         """
         end = self.length + rows[0].shape[2]
         self.reserve(end)

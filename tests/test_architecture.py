@@ -29,7 +29,7 @@ ARROWS = {
     "packed_states": {"config", "ops", "quant", "statistics", "storage", "validation"},
     "layers": {"config", "handle", "ops", "packed_states", "quant", "sources", "validation"},
     "attention": {"handle", "ops", "sources"},
-    "cache": {"attention", "config", "layers", "memory", "quant", "rope"},
+    "cache": {"attention", "config", "layers", "memory", "quant", "rope", "serialization"},
     "integration": {"attention", "cache"},
     "cache_file": {""},
     "cache_header": {"config", "quant"},

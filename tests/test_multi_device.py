@@ -18,4 +18,4 @@ def test_layers_and_heads_spread_over_devices_give_the_same_tokens(tmp_path: Pat
     assert all(result["equal"] for result in results.values())
     assert all("packed in 1 tiles" in line for r in results.values() for line in r["layers"])
     spread = results["tensor parallel"]["held"]
-    assert [list(held)[0] for held in spread.values()] == ["cpu, 4 KV heads"] * 2
+    assert [next(iter(held)) for held in spread.values()] == ["cpu, 4 KV heads"] * 2

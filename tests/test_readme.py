@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from eval import tables
 from rq_hf import RotorQuantCache, RotorQuantConfig
 from rq_hf.config import CHOICES, PRESETS
 
@@ -52,3 +53,9 @@ def test_settings_table_states_the_defaults() -> None:
 @pytest.mark.parametrize("value", [v for values in [*CHOICES.values(), PRESETS] for v in values])
 def test_every_choice_is_named(value: str) -> None:
     assert value in README
+
+
+def test_tables_are_those_of_the_result_files() -> None:
+    text = tables.README.read_text()
+    assert "<!-- table: " in text
+    assert tables.fill(text) == text, "run python -m eval.tables"

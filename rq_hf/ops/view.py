@@ -33,7 +33,8 @@ class LayerView:
     """Keys and values of one layer as they were when the view was taken.
 
     The store never writes to a row that a view shows, so a view stays right whatever is stored
-    later. The place of a token in the sequence ("index") counts padding.
+    later, until tokens are dropped (`crop`). The place of a token in the sequence ("index") counts
+    padding.
 
     Attributes:
         sinks: The first tokens, exact. With left padding these are each sequence's first real

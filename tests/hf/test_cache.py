@@ -3,6 +3,7 @@
 
 import copy
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -253,3 +254,17 @@ def test_presets_are_named_at_the_door(llama: PreTrainedModel) -> None:
     assert cache.quantization == RotorQuantConfig.from_preset("turboquant", nbits=4)
     with pytest.raises(ValueError, match="got both: preset"):
         RotorQuantCache(quantization=RotorQuantConfig(), preset="turboquant")
+
+
+def test_a_saved_prompt_is_continued_as_if_never_saved(
+    llama: PreTrainedModel, tmp_path: Path
+) -> None:
+    prompt = make_tokens(300)
+    cache = RotorQuantCache(config=llama.config)
+    with torch.no_grad():
+        llama(prompt, past_key_values=cache)
+    cache.save(tmp_path / "prompt.safetensors")
+    turn = torch.cat((prompt, make_tokens(20, seed=1)), 1)
+    expected = generate(llama, turn, cache)
+    loaded = RotorQuantCache.load(tmp_path / "prompt.safetensors", llama.config)
+    assert torch.equal(generate(llama, turn, loaded), expected)

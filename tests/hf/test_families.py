@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from support.models import DECODERS, ENCODER_DECODERS, make_model, make_tokens
-from support.replay import make_replay, recorded
+from support.replay import make_replay, recorded, run_with_twin
 from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from rq_hf import RotorQuantCache
+from rq_hf import RotorQuantCache, RotorQuantConfig
 from rq_hf.layers import RotorQuantLayer
 
 SETTINGS: dict[str, Any] = {"nbits": 3, "residual_length": 32, "sink_length": 4}
@@ -224,11 +224,7 @@ def assert_reads_as_decoded(
 ) -> RotorQuantCache:
     """Compares the model with its dense twin and returns the cache that it used."""
     cache = RotorQuantCache(config=model.config, **SETTINGS)
-    with recorded() as recording:
-        twin = make_replay(cache, recording)
-        logits = run(model, cache, tokens, mask)
-    expected = run(model, twin, tokens, mask)
-    assert not recording.states
+    logits, expected = run_with_twin(cache, lambda cache: run(model, cache, tokens, mask))
     assert error(logits, expected, mask) < TOLERANCE
     unquantised = run(model, DynamicCache(config=model.config), tokens, mask)
     after = PIECES[0]
@@ -294,6 +290,33 @@ def test_layers_of_other_kinds_stay_exact(family: str) -> None:
 
 def test_every_decoder_is_expected_to_do_something() -> None:
     assert sorted([*FUSED, *DECODED, *EXACT]) == sorted(DECODERS)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_what_is_out_of_a_window_is_not_taken_for_padding(attention: str) -> None:
+    model = make("mistral-sliding", attention)
+    # without a config all layers count as full attention
+    cache = RotorQuantCache(**SETTINGS)
+    tokens = make_tokens(sum(PIECES))
+    logits, expected = run_with_twin(cache, lambda cache: run(model, cache, tokens))
+    assert error(logits, expected) < TOLERANCE
+    assert [layer.padding for layer in cache.packed_layers] == [None, None]
+
+
+def test_what_gets_no_weight_for_a_while_is_not_taken_for_padding() -> None:
+    layer = RotorQuantLayer(RotorQuantConfig(**SETTINGS))
+    direction = 40 * torch.eye(64)[:2]
+    keys = torch.cat((direction[:1].expand(20, -1), direction[1:].expand(225, -1)))[None, None]
+    values = keys.clone()
+    # an eager prompt, in which the newer tokens weigh the first twenty with exp(-200)
+    key, value = layer.update(keys, values)
+    scores = torch.matmul(keys, key.transpose(2, 3)) / 8
+    scores += torch.full_like(scores, torch.finfo(scores.dtype).min).triu(1)
+    torch.matmul(scores.softmax(-1), value)
+    key, value = layer.update(keys[:, :, -1:], values[:, :, -1:])
+    weights = (torch.matmul(keys[:, :, :1], key.transpose(2, 3)) / 8).softmax(-1)
+    answer = torch.matmul(weights, value)
+    torch.testing.assert_close(answer, values[:, :, :1], rtol=0.1, atol=1.0)
 
 
 @torch.no_grad()

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 from unittest.mock import patch
 
 from torch import Tensor
@@ -25,6 +26,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 from rq_hf.handle import Handle
 from rq_hf.layers import RotorQuantLayer
 from rq_hf.sources import PromptSource, ViewSource
+
+Result = TypeVar("Result")
 
 
 class Recording:
@@ -95,10 +98,23 @@ def _relative_error(x: Tensor, exact: Tensor) -> float:
 
 def make_replay(cache: Cache, recording: Recording, *, tolerance: float = 0.35) -> Cache:
     """Returns a twin of an empty `cache`: its packed layers replay, others are of the same kind."""
-    layers = [
-        ReplayLayer(recording, tolerance)
-        if isinstance(layer, RotorQuantLayer)
-        else copy.deepcopy(layer)
-        for layer in cache.layers
-    ]
-    return Cache(layers=layers)
+    if not cache.layers:
+        return Cache(layer_class_to_replicate=partial(ReplayLayer, recording, tolerance))
+    return Cache(
+        layers=[
+            ReplayLayer(recording, tolerance)
+            if isinstance(layer, RotorQuantLayer)
+            else copy.deepcopy(layer)
+            for layer in cache.layers
+        ]
+    )
+
+
+def run_with_twin(cache: Cache, flow: Callable[[Cache], Result]) -> tuple[Result, Result]:
+    """Returns what a flow gives with an empty packed cache, and what with its twin."""
+    with recorded() as recording:
+        twin = make_replay(cache, recording)
+        mine = flow(cache)
+    theirs = flow(twin)
+    assert not recording.states
+    return mine, theirs
