@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Query statistics and the padding that masks or weights show."""
+
+import pytest
+import torch
+
+from rq_hf.statistics import QueryStatistics, padding_of_mask, padding_of_weights
+
+
+def causal_mask(padding: list[int], queries: int = 6, tokens: int = 9) -> torch.Tensor:
+    """Boolean `[B, 1, L, N]`: newest queries, left padding hidden."""
+    mask = torch.ones(queries, tokens, dtype=torch.bool).tril(tokens - queries)
+    columns = torch.arange(tokens) >= torch.tensor(padding)[:, None]
+    return mask & columns[:, None, None]
+
+
+@pytest.mark.parametrize("additive", [False, True])
+@pytest.mark.parametrize("padding", [[3, 0], [8, 2], [1, 1]])
+def test_padding_is_what_the_newest_query_cannot_see(padding: list[int], additive: bool) -> None:
+    mask = causal_mask(padding)
+    if additive:
+        mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    assert padding_of_mask(mask, 2).tolist() == padding
+
+
+def test_no_padding_is_none() -> None:
+    assert padding_of_mask(None, 2) is None
+    assert padding_of_mask(causal_mask([0, 0]), 2) is None
+    # a mask for all sequences, and biases that are not hidden columns
+    assert padding_of_mask(causal_mask([2]), 3).tolist() == [2, 2, 2]
+    assert padding_of_mask(-1e4 * torch.ones(1, 1, 1, 5), 1) is None
+    # a sequence with nothing visible tells nothing
+    assert padding_of_mask(torch.zeros(2, 1, 1, 5, dtype=torch.bool), 2) is None
+
+
+def test_weights_show_the_same_padding() -> None:
+    mask = causal_mask([4, 0], queries=9)
+    scores = torch.randn(2, 3, 9, 9).masked_fill(~mask, torch.finfo(torch.float32).min)
+    weights = scores.softmax(-1)
+    # the newest rows alone count: padded queries see everything alike
+    assert padding_of_weights(weights[:, :, -3:]).tolist() == [4, 0]
+    assert padding_of_weights(torch.full((2, 3, 4, 9), 1 / 9)) is None
+
+
+def test_power_is_the_mean_square_over_valid_queries_and_the_group() -> None:
+    statistics = QueryStatistics()
+    assert statistics.power is None
+    first, second = torch.randn(2, 4, 5, 8), torch.randn(2, 4, 1, 8)
+    valid = torch.ones(2, 5, dtype=torch.bool)
+    valid[0, :3] = False
+    statistics.observe(first.masked_fill(~valid[:, None, :, None], 1e4), 2, valid)
+    statistics.observe(second, 2, None)
+    for row, start in ((0, 3), (1, 0)):
+        queries = torch.cat((first[row, :, start:], second[row]), 1)
+        wanted = queries.double().square().unflatten(0, (2, 2)).mean((1, 2)).float()
+        torch.testing.assert_close(statistics.power[row], wanted)
+
+
+def test_map_reaches_every_tensor() -> None:
+    statistics = QueryStatistics()
+    statistics.map(lambda t: t[[1]])
+    statistics.observe(torch.randn(2, 4, 5, 8), 2, None)
+    statistics.padding = torch.tensor([3, 0])
+    power = statistics.power
+    statistics.map(lambda t: t[[1, 1, 0]])
+    assert torch.equal(statistics.power, power[[1, 1, 0]])
+    assert statistics.padding.tolist() == [0, 0, 3]
