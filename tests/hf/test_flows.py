@@ -15,22 +15,14 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
+from support.flows import FAMILIES, LENGTH, NEW, PADDING, assert_close, generate, make_cache
 from support.models import make_model, make_tokens
-from support.replay import Recording, make_replay, recorded, run_with_twin
+from support.replay import run_with_twin
 from torch import Tensor
 from transformers import AutoTokenizer, Cache, DynamicCache, PreTrainedModel, pipeline
-from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
 from rq_hf import RotorQuantCache
-
-FAMILIES = ["llama", "gemma3", "qwen3"]
-SETTINGS: dict[str, Any] = {"nbits": 3, "residual_length": 32, "sink_length": 4}
-# one tile leaves the tail of a prompt of LENGTH tokens, a second one while NEW tokens come
-LENGTH, NEW = 285, 12
-PADDING = 100
-# of the logits' scale; float32 sums in another order
-TOLERANCE = 2e-5
 
 Flow = Callable[[PreTrainedModel, Cache], Any]
 
@@ -38,26 +30,6 @@ Flow = Callable[[PreTrainedModel, Cache], Any]
 @pytest.fixture(scope="module", params=FAMILIES)
 def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     return make_model(request.param)
-
-
-def make_cache(model: PreTrainedModel, **settings: Any) -> RotorQuantCache:
-    return RotorQuantCache(config=model.config, **(SETTINGS | settings))
-
-
-def generate(
-    model: PreTrainedModel, tokens: Tensor, cache: Cache, **options: Any
-) -> GenerateDecoderOnlyOutput:
-    options = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0} | options
-    if "inputs_embeds" not in options:
-        options = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)} | options
-    torch.manual_seed(0)
-    return model.generate(
-        past_key_values=cache,
-        return_dict_in_generate=True,
-        output_logits=True,
-        output_scores=True,
-        **options,
-    )
 
 
 def padded_batch() -> dict[str, Tensor]:
@@ -81,10 +53,6 @@ def assert_as_twin(
     ]
     assert not any(door.startswith("decoded") for x in cache.packed_layers for door in x.calls)
     return mine
-
-
-def assert_close(mine: Tensor, theirs: Tensor) -> None:
-    assert float((mine - theirs).abs().max()) < TOLERANCE * float(theirs.abs().max())
 
 
 FLOWS: dict[str, dict[str, Any]] = {
@@ -119,15 +87,43 @@ def test_prompt_lookup(model: PreTrainedModel) -> None:
 
 
 @pytest.mark.parametrize("nbits", [3, 4])
-def test_a_rejected_guess_may_be_packed_already(model: PreTrainedModel, nbits: int) -> None:
-    tokens = make_tokens(LENGTH // 5).repeat(1, 5)
-    settings = {"nbits": nbits, "residual_length": 0, "sink_length": 0}
+def test_rejected_tokens_may_be_packed_already(model: PreTrainedModel, nbits: int) -> None:
+    cache = make_cache(model, nbits=nbits, residual_length=0, sink_length=0)
 
-    def flow(model: PreTrainedModel, cache: Cache) -> Any:
-        options = {"prompt_lookup_num_tokens": 10, "max_new_tokens": 120}
-        return generate(model, tokens, cache, **options)
+    @torch.no_grad()
+    def flow(cache: Cache) -> Tensor:
+        logits = []
+        for layer in cache.layers:
+            layer.record_past = True
+        # a tile is full at the 256th token
+        for seed, (length, rejected) in enumerate([(250, 0), (10, 9), (3, 1), (10, 0), (1, 0)]):
+            tokens = make_tokens(length, seed=seed)
+            logits.append(model(tokens, past_key_values=cache).logits[0])
+            cache.crop(-rejected)
+            if rejected == 9 and isinstance(cache, RotorQuantCache):
+                assert {layer.store.packed_length for layer in cache.packed_layers} == {251}
+        return torch.cat(logits)
 
-    assert_as_twin(model, flow, packed=384, **settings)
+    mine, theirs = run_with_twin(cache, flow)
+    assert_close(mine, theirs)
+    assert {layer.store.packed_length for layer in cache.packed_layers} == {256}
+
+
+def test_sequences_change_places(model: PreTrainedModel) -> None:
+    @torch.no_grad()
+    def flow(cache: Cache) -> Tensor:
+        model(make_tokens(LENGTH, batch=3), past_key_values=cache)
+        logits = []
+        for seed, order in enumerate([[2, 0, 1], [1, 1, 0], [0, 2, 2]]):
+            cache.reorder_cache(torch.tensor(order))
+            tokens = make_tokens(4, batch=3, seed=seed)
+            logits.append(model(tokens, past_key_values=cache).logits)
+        return torch.cat(logits)
+
+    cache = make_cache(model)
+    mine, theirs = run_with_twin(cache, flow)
+    assert_close(mine, theirs)
+    assert {layer.store.packed_length for layer in cache.packed_layers} == {256}
 
 
 def make_assistant(model: PreTrainedModel) -> PreTrainedModel:
@@ -316,85 +312,3 @@ def test_text_generation_pipeline(saved_model: Path, texts: int) -> None:
     assert len(first["generated_text"]) > len(prompts[0])
     assert cache.packed_layers[0].store.packed_length == 256
     assert cache.packed_layers[0].store.exact.tensors[0].shape[0] == texts
-
-
-def gradients(model: PreTrainedModel, cache: Cache) -> list[Tensor]:
-    """Returns the gradients of a prompt's loss."""
-    model.zero_grad()
-    tokens = make_tokens(LENGTH)
-    model(tokens, past_key_values=cache, labels=tokens).loss.backward()
-    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
-
-
-def test_a_prompt_in_grad_mode_has_its_gradients_and_fills_the_cache(
-    model: PreTrainedModel,
-) -> None:
-    cache = make_cache(model)
-    mine = gradients(model, cache)
-    expected = gradients(model, DynamicCache(config=model.config))
-    assert len(mine) == len(expected) > 0
-    assert all(torch.equal(a, b) for a, b in zip(mine, expected, strict=True))
-    assert not any(t.requires_grad for x in cache.packed_layers for t in x.store.tensors())
-    turn = torch.cat((make_tokens(LENGTH), make_tokens(50, seed=1)), 1)
-    without_gradients = make_cache(model)
-    with torch.no_grad():
-        model(make_tokens(LENGTH), past_key_values=without_gradients)
-    continued, again = generate(model, turn, cache), generate(model, turn, without_gradients)
-    assert torch.equal(continued.sequences, again.sequences)
-
-
-def test_a_continuation_in_grad_mode(model: PreTrainedModel) -> None:
-    def flow(cache: Cache) -> Tensor:
-        with torch.no_grad():
-            model(make_tokens(LENGTH), past_key_values=cache)
-        model.zero_grad()
-        tokens = make_tokens(NEW, seed=1)
-        logits = model(tokens, past_key_values=cache).logits
-        logits.logsumexp(-1).sum().backward()
-        assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
-        return logits.detach()
-
-    mine, theirs = run_with_twin(make_cache(model), flow)
-    assert_close(mine, theirs)
-
-
-def test_inference_mode_then_no_grad(model: PreTrainedModel) -> None:
-    tokens, more = make_tokens(LENGTH), make_tokens(9, seed=1)
-
-    def flow(mode: Any) -> Any:
-        cache = make_cache(model)
-        with mode:
-            model(tokens, past_key_values=cache)
-        with torch.no_grad():
-            model(more, past_key_values=cache)
-        with mode:
-            model(more, past_key_values=cache)
-        output = generate(model, torch.cat((tokens, more, more, more), 1), cache)
-        assert cache.packed_layers[0].store.packed_length == 256
-        return output.sequences
-
-    assert torch.equal(flow(torch.inference_mode()), flow(torch.no_grad()))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    half = copy.deepcopy(model).to(dtype)
-    tokens = make_tokens(LENGTH + NEW)
-
-    @torch.no_grad()
-    def flow(model: PreTrainedModel, cache: Cache) -> Tensor:
-        model(tokens[:, :LENGTH], past_key_values=cache)
-        steps = tokens[:, LENGTH:].split(1, 1)
-        return torch.cat([model(x, past_key_values=cache).logits.float() for x in steps])
-
-    cache = make_cache(half)
-    with recorded() as recording:
-        twin = make_replay(cache, recording)
-        mine = flow(half, cache)
-    again = Recording()
-    again.states = recording.states.copy()
-    in_float32 = flow(copy.deepcopy(half).float(), make_replay(make_cache(half), again))
-    twins_error = (flow(half, twin) - in_float32).norm()
-    assert (mine - in_float32).norm() <= 2 * twins_error
-    output = generate(half, make_tokens(LENGTH), make_cache(half))
-    assert torch.isfinite(torch.stack(output.logits)).all()

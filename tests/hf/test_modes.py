@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gradients, inference mode and half precision."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from support.flows import FAMILIES, LENGTH, NEW, assert_close, generate, make_cache
+from support.models import make_model, make_tokens
+from support.replay import Recording, make_replay, recorded, run_with_twin
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    return make_model(request.param)
+
+
+def gradients(model: PreTrainedModel, cache: Cache) -> list[Tensor]:
+    """Returns the gradients of a prompt's loss."""
+    model.zero_grad()
+    tokens = make_tokens(LENGTH)
+    model(tokens, past_key_values=cache, labels=tokens).loss.backward()
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def test_a_prompt_in_grad_mode_has_its_gradients_and_fills_the_cache(
+    model: PreTrainedModel,
+) -> None:
+    cache = make_cache(model)
+    mine = gradients(model, cache)
+    expected = gradients(model, DynamicCache(config=model.config))
+    assert len(mine) == len(expected) > 0
+    assert all(torch.equal(a, b) for a, b in zip(mine, expected, strict=True))
+    assert not any(t.requires_grad for x in cache.packed_layers for t in x.store.tensors())
+    turn = torch.cat((make_tokens(LENGTH), make_tokens(50, seed=1)), 1)
+    without_gradients = make_cache(model)
+    with torch.no_grad():
+        model(make_tokens(LENGTH), past_key_values=without_gradients)
+    continued, again = generate(model, turn, cache), generate(model, turn, without_gradients)
+    assert torch.equal(continued.sequences, again.sequences)
+
+
+def test_a_continuation_in_grad_mode(model: PreTrainedModel) -> None:
+    def flow(cache: Cache) -> Tensor:
+        with torch.no_grad():
+            model(make_tokens(LENGTH), past_key_values=cache)
+        model.zero_grad()
+        tokens = make_tokens(NEW, seed=1)
+        logits = model(tokens, past_key_values=cache).logits
+        logits.logsumexp(-1).sum().backward()
+        assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+        return logits.detach()
+
+    mine, theirs = run_with_twin(make_cache(model), flow)
+    assert_close(mine, theirs)
+
+
+def test_inference_mode_then_no_grad(model: PreTrainedModel) -> None:
+    tokens, more = make_tokens(LENGTH), make_tokens(9, seed=1)
+
+    def flow(mode: Any) -> Any:
+        cache = make_cache(model)
+        with mode:
+            model(tokens, past_key_values=cache)
+        with torch.no_grad():
+            model(more, past_key_values=cache)
+        with mode:
+            model(more, past_key_values=cache)
+        output = generate(model, torch.cat((tokens, more, more, more), 1), cache)
+        assert cache.packed_layers[0].store.packed_length == 256
+        return output.sequences
+
+    assert torch.equal(flow(torch.inference_mode()), flow(torch.no_grad()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    half = copy.deepcopy(model).to(dtype)
+    tokens = make_tokens(LENGTH + NEW)
+
+    @torch.no_grad()
+    def flow(model: PreTrainedModel, cache: Cache) -> Tensor:
+        model(tokens[:, :LENGTH], past_key_values=cache)
+        steps = tokens[:, LENGTH:].split(1, 1)
+        return torch.cat([model(x, past_key_values=cache).logits.float() for x in steps])
+
+    cache = make_cache(half)
+    with recorded() as recording:
+        twin = make_replay(cache, recording)
+        mine = flow(half, cache)
+    again = Recording()
+    again.states = recording.states.copy()
+    in_float32 = flow(copy.deepcopy(half).float(), make_replay(make_cache(half), again))
+    twins_error = (flow(half, twin) - in_float32).norm()
+    assert (mine - in_float32).norm() <= 2 * twins_error
+    output = generate(half, make_tokens(LENGTH), make_cache(half))
+    assert torch.isfinite(torch.stack(output.logits)).all()
