@@ -65,14 +65,16 @@ def _perplexity_rows(result: dict[str, Any]) -> list[list[str]]:
 
 
 def _mse_rows(result: dict[str, Any]) -> list[list[str]]:
-    """Relative error of one quantiser by rotation and bits, keys as they come and preconditioned."""
+    """Relative error by rotation, states and bits, norms stored."""
     rows = [row for row in result["rows"] if row["scale"] == "norm"]
     bits = sorted({row["bits"] for row in rows})
     kinds = list(dict.fromkeys(row["input"] for row in rows))
     header = ["rotation", *(f"{kind}, {b} bits" for kind in kinds for b in bits)]
     table = [header]
     for rotation in dict.fromkeys(row["rotation"] for row in rows):
-        cells = {(r["input"], r["bits"]): r["relative_mse"] for r in rows if r["rotation"] == rotation}
+        cells = {
+            (r["input"], r["bits"]): r["relative_mse"] for r in rows if r["rotation"] == rotation
+        }
         table.append([rotation, *(f"{cells[kind, b]:.4f}" for kind in kinds for b in bits)])
     gaussian = [f"{result['gaussian'][str(b)]:.4f}" for _ in kinds for b in bits]
     return [*table, ["(Gaussian source)", *gaussian]]

@@ -54,8 +54,8 @@ class RotorQuantCache(Cache):
         **settings: Fields of `RotorQuantConfig`, in place of the preset's: `nbits=4`, ...
 
     Raises:
-        ValueError: A setting is out of range or given beside `quantization`, or `config` is of an
-            encoder-decoder model.
+        ValueError: A setting is out of range or given beside `quantization`, `layer_bits` names a
+            layer that the model does not have, or `config` is of an encoder-decoder model.
 
     Example:
         >>> cache = RotorQuantCache(config=model.config, nbits=3)
@@ -97,12 +97,26 @@ class RotorQuantCache(Cache):
                 f"layer {layer_idx}: the cache was made for a model with {len(self.layers)} "
                 "layers; make a new one with this model's config"
             )
+        held = len(self.layers)
         self._append_layers(layer_idx + 1)
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        try:
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        except ValueError:
+            del self.layers[held:]
+            raise
 
     def _append_layers(self, count: int) -> None:
         while self.layer_class_to_replicate is not None and len(self.layers) < count:
             self.layers.append(self.layer_class_to_replicate(layer_idx=len(self.layers)))
+
+    def reset(self) -> None:
+        """Forgets all tokens; the next prompt may have another batch size, dtype or device."""
+        super().reset()
+        for layer in self.layers:
+            if isinstance(layer, DynamicLayer) and layer.is_initialized:
+                # transformers 5.17 zeroes these and keeps their length
+                layer.keys = layer.values = None
+                layer.is_initialized = False
 
     def _settle(self) -> None:
         for layer in self.packed_layers:
@@ -132,7 +146,7 @@ class RotorQuantCache(Cache):
             host_bytes=storage_bytes(host_tensors),
             constant_bytes=storage_bytes(reachable_tensors([x.codec for x in packed])),
             packed_numbers=sum(packed_numbers for packed_numbers, _ in numbers),
-            nominal_bits=packed[0].codec.layout.nominal_bits if packed else float("nan"),
+            nominal_bits=_nominal_bits(packed),
             dense_bytes=stored * item_bytes + storage_bytes(host_tensors),
             dense_bf16_bytes=(stored + host_numbers) * BF16_BYTES,
         )
@@ -213,6 +227,9 @@ def _make_layers(config: PreTrainedConfig, quantization: RotorQuantConfig) -> li
         )
     decoder = config.get_text_config(decoder=True)
     types, options = get_layer_types_and_kwargs(decoder)
+    unknown = [i for i in quantization.layer_bits or () if i >= len(types)]
+    if unknown:
+        raise ValueError(f"layer_bits names layers {unknown}, the model caches {len(types)} layers")
     # transformers 5.17 gives one dict for all layers
     options = [options] * len(types) if isinstance(options, dict) else options
     ropes = rope_tables(decoder)
@@ -244,6 +261,16 @@ def _numbers(layer: RotorQuantLayer) -> tuple[int, int]:
     batch, heads, _, head_dim = layer.store.exact.tensors[0].shape
     a_token = 2 * batch * heads * head_dim
     return layer.store.packed_length * a_token, layer.store.length * a_token
+
+
+def _nominal_bits(layers: list[Any]) -> float:
+    """Returns the bits a number by layout, averaged over the packed numbers."""
+    # while nothing is packed, layers count alike
+    weights = [_numbers(layer)[0] for layer in layers]
+    weights = weights if any(weights) else [1] * len(layers)
+    bits = [layer.codec.layout.nominal_bits for layer in layers]
+    total = sum(b * w for b, w in zip(bits, weights, strict=True))
+    return total / sum(weights) if layers else float("nan")
 
 
 def _describe(index: int, layer: Any) -> str:

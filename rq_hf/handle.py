@@ -266,8 +266,10 @@ def _sdpa(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    pair = isinstance(key, Handle) and isinstance(value, Handle) and not isinstance(query, Handle)
-    if not pair or key.source is not value.source or key.form != "bhnd" or value.form != "bhnd":
+    handles = isinstance(key, Handle) and isinstance(value, Handle)
+    if not handles or isinstance(query, Handle) or key.source is not value.source:
+        return NotImplemented
+    if (key.role, value.role, key.form, value.form) != ("key", "value", "bhnd", "bhnd"):
         return NotImplemented
     result = key.source.sdpa(
         query, mask=attn_mask, dropout=dropout_p, causal=is_causal, scale=scale

@@ -121,7 +121,11 @@ class RotorQuantLayer(PackedStates, CacheLayerMixin):
             return self._source(view, tokens)
         store.exact.append(key, value)
         view = self.view()
-        self.pack()
+        try:
+            self.pack()
+        except Exception:
+            store.exact.length -= tokens
+            raise
         return self._source(view, tokens)
 
     def _source(self, view: LayerView, tokens: int) -> ViewSource:
@@ -170,7 +174,14 @@ class RotorQuantLayer(PackedStates, CacheLayerMixin):
 
     def _decoded(self, which: int) -> Tensor | None:
         self.settle()
-        return self.view().dense()[which] if self.get_seq_length() else None
+        if not self.get_seq_length():
+            return None
+        offloaded = self._offloaded
+        self.prefetch()
+        states = self.view().dense()[which]
+        if offloaded:
+            self.offload()
+        return states
 
     @property
     def keys(self) -> Tensor | None:

@@ -22,7 +22,7 @@ class CacheMemory:
         host_bytes: Layers that stay exact in the host's own classes.
         constant_bytes: Rotations, sketches and codebooks.
         packed_numbers: Numbers in packed tiles, keys and values together.
-        nominal_bits: Bits a number by the layout: codes and scales.
+        nominal_bits: Bits a packed number by the layout, codes and scales; the mean over layers.
         dense_bytes: What the same tokens take uncompressed in the model's dtype.
         dense_bf16_bytes: The same in bfloat16.
     """

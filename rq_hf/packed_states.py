@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from rq_hf.config import RotorQuantConfig
 from rq_hf.ops import ExactRows, LayerView
 from rq_hf.quant.measurement import StatisticsSettings, measure
+from rq_hf.quant.precision import no_autocast
 from rq_hf.quant.preconditioning import Preconditioner
 from rq_hf.quant.rope import RopeTable
 from rq_hf.quant.tiles import TileCodec
@@ -102,8 +103,9 @@ class PackedStates:
         rest = [x[:, :, store.sink_length :] for x in rows]
         key, value = (x[:, :, :leaving] for x in rest)
         check_finite(key, value, self.name)
-        preconditioner = self.preconditioner or self._measure(rest, padding)
-        records, scales = self._encode(key, value, preconditioner)
+        with no_autocast(key.device):
+            preconditioner = self.preconditioner or self._measure(rest, padding)
+            records, scales = self._encode(key, value, preconditioner)
         store.push_tiles(records, scales, leaving)
         store.replace_exact(
             *(torch.cat((s, x[:, :, leaving:]), 2) for s, x in zip(sinks, rest, strict=True))

@@ -71,7 +71,7 @@ class ViewSource:
     ) -> Tensor:
         """Returns attention from the packed store, and counts the call under `door`."""
         self.count(door)
-        self._observe(query, padding_of_mask(mask, query.shape[0]) if self.observed else None)
+        self._observe(query)
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         return attend(
             query,
@@ -87,7 +87,7 @@ class ViewSource:
         if _wants_gradient(query):
             return None
         self.count("eager")
-        self._observe(query, None)
+        self._observe(query)
         return reference.scores(query, self.view).to(query.dtype)
 
     def mix(self, weights: Tensor) -> Tensor | None:
@@ -100,11 +100,11 @@ class ViewSource:
             self._dense = self.view.dense()
         return self._dense[0 if role == "key" else 1]
 
-    def _observe(self, query: Tensor, padding: Tensor | None) -> None:
+    def _observe(self, query: Tensor) -> None:
         if self.observed:
             # one token's queries may come as rows: the group of a KV head
             rows = query.shape[2] if query.shape[2] == self.new_tokens else 1
-            self.layer.observe(query, padding, rows)
+            self.layer.observe(query, None, rows)
 
 
 class PromptSource:

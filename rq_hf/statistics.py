@@ -8,9 +8,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# rows of the attention weights that are looked at for columns without any weight
-_LAST_ROWS = 64
-
 
 class QueryStatistics:
     """Mean square of the queries by channel, and the left padding of each sequence."""
@@ -48,27 +45,30 @@ class QueryStatistics:
 
 
 def padding_of_mask(mask: Tensor | None, batch: int) -> Tensor | None:
-    """Returns the left padding `[B]` that a mask `[B | 1, any, L, N]` shows; None for none.
+    """Returns the left padding `[B]` that a prompt's mask `[B | 1, any, t, t]` shows; None for none.
 
-    The newest query sees all tokens but padding, so its hidden columns at the start are that.
+    Every token of the prompt sees itself, so the first columns that no query sees are padding.
     """
     if mask is None:
         return None
-    row = mask[:, 0, -1]
-    visible = row if row.dtype == torch.bool else row > torch.finfo(row.dtype).min / 2
-    return _leading(~visible, batch)
+    heads = mask[:, 0]
+    visible = heads if heads.dtype == torch.bool else heads > torch.finfo(heads.dtype).min / 2
+    return _leading(~visible.any(-2), batch)
 
 
 def padding_of_weights(weights: Tensor) -> Tensor | None:
-    """Returns the left padding `[B]` that attention weights `[B, Hq, L, N]` show.
+    """Returns the left padding `[B]` that a prompt's attention weights `[B, Hq, t, t]` show.
 
-    Padding gets a weight of exactly zero from every head of each of the newest queries.
+    A query that may see nothing sees everything alike: the softmax of equal numbers.
     """
-    return _leading((weights[:, :, -_LAST_ROWS:] == 0).all(2).all(1), weights.shape[0])
+    if weights.shape[-1] == 1:
+        return None
+    constant = weights.amax(-1) == weights.amin(-1)
+    return _leading(constant.all(1), weights.shape[0])
 
 
 def _leading(hidden: Tensor, batch: int) -> Tensor | None:
-    """Returns how many True each row `[N]` starts with; None if no row does."""
+    """Returns how many True each row `[B | 1, t]` starts with; None if no row does."""
     count = hidden.long().cumprod(-1).sum(-1).expand(batch)
     # a row with nothing visible tells nothing
     count = count.masked_fill(hidden.all(-1).expand(batch), 0)

@@ -7,17 +7,19 @@ import torch
 from rq_hf.statistics import QueryStatistics, padding_of_mask, padding_of_weights
 
 
-def causal_mask(padding: list[int], queries: int = 6, tokens: int = 9) -> torch.Tensor:
-    """Boolean `[B, 1, L, N]`: newest queries, left padding hidden."""
-    mask = torch.ones(queries, tokens, dtype=torch.bool).tril(tokens - queries)
+def causal_mask(padding: list[int], tokens: int = 9, window: int = 9) -> torch.Tensor:
+    """Boolean `[B, 1, t, t]`: causal within a window, left padding hidden."""
+    mask = torch.ones(tokens, tokens, dtype=torch.bool)
+    mask = mask.tril() & mask.triu(1 - window)
     columns = torch.arange(tokens) >= torch.tensor(padding)[:, None]
     return mask & columns[:, None, None]
 
 
 @pytest.mark.parametrize("additive", [False, True])
+@pytest.mark.parametrize("window", [9, 2])
 @pytest.mark.parametrize("padding", [[3, 0], [8, 2], [1, 1]])
-def test_padding_is_what_the_newest_query_cannot_see(padding: list[int], additive: bool) -> None:
-    mask = causal_mask(padding)
+def test_padding_is_what_no_query_sees(padding: list[int], window: int, additive: bool) -> None:
+    mask = causal_mask(padding, window=window)
     if additive:
         mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
     assert padding_of_mask(mask, 2).tolist() == padding
@@ -26,6 +28,7 @@ def test_padding_is_what_the_newest_query_cannot_see(padding: list[int], additiv
 def test_no_padding_is_none() -> None:
     assert padding_of_mask(None, 2) is None
     assert padding_of_mask(causal_mask([0, 0]), 2) is None
+    assert padding_of_mask(causal_mask([0, 0], window=2), 2) is None
     # a mask for all sequences, and biases that are not hidden columns
     assert padding_of_mask(causal_mask([2]), 3).tolist() == [2, 2, 2]
     assert padding_of_mask(-1e4 * torch.ones(1, 1, 1, 5), 1) is None
@@ -33,13 +36,13 @@ def test_no_padding_is_none() -> None:
     assert padding_of_mask(torch.zeros(2, 1, 1, 5, dtype=torch.bool), 2) is None
 
 
-def test_weights_show_the_same_padding() -> None:
-    mask = causal_mask([4, 0], queries=9)
+@pytest.mark.parametrize("window", [9, 2])
+def test_weights_show_the_same_padding(window: int) -> None:
+    mask = causal_mask([4, 0], window=window)
     scores = torch.randn(2, 3, 9, 9).masked_fill(~mask, torch.finfo(torch.float32).min)
-    weights = scores.softmax(-1)
-    # the newest rows alone count: padded queries see everything alike
-    assert padding_of_weights(weights[:, :, -3:]).tolist() == [4, 0]
-    assert padding_of_weights(torch.full((2, 3, 4, 9), 1 / 9)) is None
+    assert padding_of_weights(scores.softmax(-1)).tolist() == [4, 0]
+    assert padding_of_weights(scores[1:].softmax(-1)) is None
+    assert padding_of_weights(torch.ones(2, 3, 1, 1)) is None
 
 
 def test_power_is_the_mean_square_over_valid_queries_and_the_group() -> None:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from rq_hf.ops import reference
 from rq_hf.ops.view import LayerView
+from rq_hf.quant.precision import no_autocast
 
 
 def attend(
@@ -35,9 +36,10 @@ def attend(
         ValueError: Shapes do not match.
     """
     _check(query, view, mask, sinks)
-    return reference.attend(
-        query, view, scale=scale, mask=mask, causal=causal, softcap=softcap, sinks=sinks
-    )
+    with no_autocast(query.device):
+        return reference.attend(
+            query, view, scale=scale, mask=mask, causal=causal, softcap=softcap, sinks=sinks
+        )
 
 
 def _check(query: Tensor, view: LayerView, mask: Tensor | None, sinks: Tensor | None) -> None:

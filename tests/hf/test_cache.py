@@ -249,6 +249,42 @@ def cache_types(cache: RotorQuantCache) -> list[str]:
     return [type(layer).__name__ for layer in cache.layers]
 
 
+def test_nominal_bits_are_those_of_all_layers(llama: PreTrainedModel) -> None:
+    cache = RotorQuantCache(config=llama.config, layer_bits={0: 8})
+    generate(llama, make_tokens(300), cache)
+    memory = cache.memory()
+    # 16 bits of scale for 64 numbers
+    assert memory.nominal_bits == (8 + 3) / 2 + 16 / 64
+    assert memory.bits_per_number == pytest.approx(memory.nominal_bits, rel=1 / 32)
+
+
+def test_bits_for_layers_that_are_not_there_are_refused(llama: PreTrainedModel) -> None:
+    with pytest.raises(ValueError, match=r"layer_bits names layers \[2\], the model caches 2"):
+        RotorQuantCache(config=llama.config, layer_bits={1: 8, 2: 4})
+
+
+def test_a_refused_first_state_adds_no_layer() -> None:
+    cache = RotorQuantCache()
+    states = torch.full((1, 2, 5, 64), float("nan"))
+    with pytest.raises(ValueError, match="layer 3: 640 of 640 new key numbers are NaN"):
+        cache.update(states, states, 3)
+    assert cache.layers == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_changes_nothing_that_is_stored(dtype: torch.dtype) -> None:
+    states = torch.randn(2, 1, 2, 400, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    plain, cast = RotorQuantLayer(RotorQuantConfig()), RotorQuantLayer(RotorQuantConfig())
+    plain.update(*states)
+    plain.settle()
+    with torch.autocast("cpu", torch.bfloat16):
+        cast.update(*states)
+        cast.settle()
+    assert cast.store.packed_length > 0
+    assert torch.equal(cast.keys, plain.keys)
+    assert torch.equal(cast.values, plain.values)
+
+
 def test_presets_are_named_at_the_door(llama: PreTrainedModel) -> None:
     cache = RotorQuantCache(config=llama.config, preset="turboquant", nbits=4)
     assert cache.quantization == RotorQuantConfig.from_preset("turboquant", nbits=4)

@@ -141,6 +141,14 @@ def test_what_packed_attention_cannot_do_is_left_to_the_host(layer: RotorQuantLa
     torch.testing.assert_close(gradient, expected)
 
 
+@pytest.mark.filterwarnings("ignore:the operation")
+def test_keys_in_the_place_of_values_are_keys(layer: RotorQuantLayer) -> None:
+    key, _, dense_key, _ = next_handles(layer)
+    query = torch.randn(BATCH, HEADS, 1, DIM, generator=torch.Generator().manual_seed(2))
+    out = F.scaled_dot_product_attention(query, key, key)
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(query, dense_key, dense_key))
+
+
 def test_dense_path_and_unfit_attention_get_tensors() -> None:
     dense = RotorQuantLayer(RotorQuantConfig(path="dense"))
     unfit = RotorQuantLayer(RotorQuantConfig(), gives_handles=lambda: False)

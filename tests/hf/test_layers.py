@@ -222,6 +222,25 @@ def test_refused_states_leave_the_layer_as_it_was(name: str) -> None:
     layer.update(*make_states(3, seed=9))
 
 
+def test_packing_that_fails_leaves_the_layer_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = RotorQuantLayer(SETTINGS["3-bit"])
+    # one token short of a tile that leaves
+    layer.update(*make_states(4 + 32 + 127, seed=0))
+    keys = layer.keys
+
+    def fail(*args: Tensor) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(layer.codec, "encode", fail)
+        for _ in range(2):
+            with pytest.raises(MemoryError):
+                layer.update(*make_states(1, seed=1))
+            assert torch.equal(layer.keys, keys)
+    layer.update(*make_states(1, seed=1))
+    assert layer.store.packed_length == 128
+
+
 def test_positive_crop_is_refused() -> None:
     layer = RotorQuantLayer(SETTINGS["3-bit"])
     layer.update(*make_states(300, seed=0))
@@ -235,5 +254,7 @@ def test_offload_and_prefetch_keep_the_numbers() -> None:
     layer.update(*make_states(300, seed=0))
     keys = layer.keys
     layer.offload()
+    # read on the device of the states, and away again
+    assert torch.equal(layer.keys, keys)
     layer.prefetch()
     assert torch.equal(layer.keys, keys)

@@ -187,6 +187,14 @@ def test_a_small_working_memory_changes_nothing(monkeypatch: pytest.MonkeyPatch)
     torch.testing.assert_close(attend(query, view, scale=0.1), at_once, rtol=1e-5, atol=1e-6)
 
 
+def test_autocast_changes_nothing() -> None:
+    view = make_view(420)
+    query = make_query(view, 2, 3)
+    wanted = attend(query, view, scale=0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(attend(query, view, scale=0.1), wanted)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_the_result_has_the_querys_dtype(dtype: torch.dtype) -> None:
     view = make_view(300)

@@ -2,11 +2,12 @@
 """What every rotation offers: its matrix, and the way there and back."""
 
 from abc import ABC, abstractmethod
-from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+
+from rq_hf.quant.precision import no_autocast
 
 
 class Rotation(ABC):
@@ -72,7 +73,7 @@ class Rotation(ABC):
         self._check(x)
         wide = torch.promote_types(x.dtype, torch.float32)
         matrix = self.matrix(x.device, wide)
-        with _no_autocast(x.device.type):
+        with no_autocast(x.device):
             return (x.to(wide) @ (matrix if inverse else matrix.T)).to(x.dtype)
 
     def _check(self, x: Tensor) -> None:
@@ -90,10 +91,3 @@ def _with_index(device: torch.device) -> torch.device:
     if device.type == "cpu" or device.index is not None:
         return device
     return torch.empty(0, device=device).device
-
-
-def _no_autocast(device_type: str) -> AbstractContextManager[object]:
-    # Autocast would quietly turn float32 into a half type and spoil the rotation
-    if torch.amp.is_autocast_available(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
