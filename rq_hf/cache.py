@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 import weakref
@@ -23,7 +24,7 @@ from transformers.cache_utils import (
 )
 
 from rq_hf.attention import register
-from rq_hf.config import RotorQuantConfig
+from rq_hf.config import EXACT_BITS, RotorQuantConfig
 from rq_hf.layers import RotorQuantLayer
 from rq_hf.memory import CacheMemory, reachable_tensors, storage_bytes
 from rq_hf.quant.rope import RopeTable
@@ -74,7 +75,13 @@ class RotorQuantCache(Cache):
         **settings: Any,
     ) -> None:
         self.quantization = _resolve(quantization, preset, settings)
+        self._updates = 0
         layers = None if config is None else _make_layers(config, self.quantization)
+        self._empty_layers = {
+            i: copy.deepcopy(layer)
+            for i, layer in enumerate(layers or [])
+            if not isinstance(layer, RotorQuantLayer)
+        }
         make_layer: Any = partial(_make_layer, self.quantization) if layers is None else None
         super().__init__(
             layers=layers,
@@ -100,23 +107,45 @@ class RotorQuantCache(Cache):
         held = len(self.layers)
         self._append_layers(layer_idx + 1)
         try:
-            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+            states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         except ValueError:
             del self.layers[held:]
             raise
+        self._updates += 1
+        return states
 
     def _append_layers(self, count: int) -> None:
-        while self.layer_class_to_replicate is not None and len(self.layers) < count:
+        """Appends layers while there is no config that says how many there are."""
+        if self.layer_class_to_replicate is None or len(self.layers) >= count:
+            return
+        if self.layers and self._updates > len(self.layers):
+            # before the first pass is through, an encoder-decoder stores twice in a layer
+            raise ValueError(
+                f"layer {len(self.layers) - 1} was updated twice before layer {count - 1}: an "
+                "encoder-decoder model needs a cache for each attention, "
+                "EncoderDecoderCache(RotorQuantCache(), DynamicCache())"
+            )
+        while len(self.layers) < count:
             self.layers.append(self.layer_class_to_replicate(layer_idx=len(self.layers)))
+
+    def to(self, device: torch.device | str) -> RotorQuantCache:
+        """Moves all packed layers and host attention layers to a device; returns the cache."""
+        for layer in self.layers:
+            if isinstance(layer, RotorQuantLayer):
+                layer.to(device)
+            elif isinstance(layer, DynamicLayer) and layer.keys is not None:
+                layer.keys, layer.values = (x.to(device) for x in (layer.keys, layer.values))
+                layer.device = layer.keys.device
+        return self
 
     def reset(self) -> None:
         """Forgets all tokens; the next prompt may have another batch size, dtype or device."""
-        super().reset()
-        for layer in self.layers:
-            if isinstance(layer, DynamicLayer) and layer.is_initialized:
-                # transformers 5.17 zeroes these and keeps their length
-                layer.keys = layer.values = None
-                layer.is_initialized = False
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer, RotorQuantLayer):
+                layer.reset()
+            else:
+                # the host's own reset keeps shapes, and in transformers 5.17 lengths
+                self.layers[i] = copy.deepcopy(self._empty_layers.get(i, DynamicLayer()))
 
     def _settle(self) -> None:
         for layer in self.packed_layers:
@@ -230,6 +259,13 @@ def _make_layers(config: PreTrainedConfig, quantization: RotorQuantConfig) -> li
     unknown = [i for i in quantization.layer_bits or () if i >= len(types)]
     if unknown:
         raise ValueError(f"layer_bits names layers {unknown}, the model caches {len(types)} layers")
+    exact = [
+        i
+        for i, bits in (quantization.layer_bits or {}).items()
+        if types[i] != "full_attention" and bits != EXACT_BITS
+    ]
+    if exact:
+        raise ValueError(f"layer_bits names layers {exact}, which are not of full attention")
     # transformers 5.17 gives one dict for all layers
     options = [options] * len(types) if isinstance(options, dict) else options
     ropes = rope_tables(decoder)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -83,7 +83,7 @@ class RotorQuantConfig:
     nbits: int = 3
     key_bits: int | None = None
     value_bits: int | None = None
-    layer_bits: Mapping[int, int] | None = None
+    layer_bits: Mapping[int, int] | None = field(default=None, hash=False)
     residual_length: int = 128
     sink_length: int = 4
     rotation: str = "butterfly"

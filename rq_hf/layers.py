@@ -17,7 +17,7 @@ from rq_hf.ops import LayerView
 from rq_hf.packed_states import PackedStates
 from rq_hf.quant.rope import RopeTable
 from rq_hf.sources import PromptSource, ViewSource
-from rq_hf.validation import check_finite, check_states, check_unchanged
+from rq_hf.validation import check_device, check_finite, check_states, check_unchanged
 
 # up to so many new tokens are appended before attention, more are read beside the store
 _APPENDED_FIRST = 32
@@ -82,6 +82,8 @@ class RotorQuantLayer(PackedStates, CacheLayerMixin):
         Raises:
             ValueError: The states cannot be stored here; the layer is as it was.
         """
+        # autocast leaves values in half precision beside float32 keys
+        value_states = value_states.to(key_states.dtype)
         self._check(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -100,6 +102,7 @@ class RotorQuantLayer(PackedStates, CacheLayerMixin):
         if self.store is not None:
             shape = self.store.exact.tensors[0].shape
             check_unchanged(key, (shape[0], shape[1], shape[3]), self.dtype, self.name)
+            check_device(key, self.device, self.name)
         check_finite(key, value, self.name)
 
     def _take(self, key_states: Tensor, value_states: Tensor) -> PromptSource | ViewSource:
@@ -142,16 +145,17 @@ class RotorQuantLayer(PackedStates, CacheLayerMixin):
 
         Args:
             query: Queries that attend to this layer.
-            padding: Left padding `[B]` that their mask shows, if any.
+            padding: How many of the newest tokens are left padding, `[B]` or `[1]`, if any.
             rows: How many of the newest tokens they belong to.
         """
         if self.preconditioner is not None:
             return
+        before = self.get_seq_length() - rows
         if padding is not None:
-            self.statistics.padding = padding
+            self.statistics.extend_padding(padding.expand(query.shape[0]), before)
         valid = None
         if self.statistics.padding is not None and rows == query.shape[2]:
-            index = torch.arange(rows, device=query.device) + self.get_seq_length() - rows
+            index = torch.arange(rows, device=query.device) + before
             valid = index >= self.statistics.padding[:, None]
         self.statistics.observe(query, self._store.exact.tensors[0].shape[1], valid)
 
@@ -265,6 +269,14 @@ class RotorQuantLayer(PackedStates, CacheLayerMixin):
         """Repeats every sequence `repeats` times, copies side by side."""
         self.settle()
         self.map(lambda t: t.repeat_interleave(repeats, 0))
+
+    def to(self, device: torch.device | str) -> None:
+        """Moves everything to a device, where the next states must be."""
+        self.settle()
+        self.prefetch()
+        super().to(device)
+        if self.store is not None:
+            self.device = self.store.exact.tensors[0].device
 
     def offload(self) -> None:
         """Moves the buffers to the CPU."""

@@ -204,6 +204,10 @@ class PackedStates:
         if self.preconditioner is not None:
             self.preconditioner = self.preconditioner.map(function)
 
+    def to(self, device: torch.device | str) -> None:
+        """Moves all states and statistics to a device, where the next states must be."""
+        self.map(lambda t: t.to(device))
+
 
 def make_codec(config: RotorQuantConfig, head_dim: int) -> TileCodec:
     """Returns the codec that `config` asks for. All layers share its rotations."""

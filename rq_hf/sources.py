@@ -37,6 +37,8 @@ class ViewSource:
         self.layer = layer
         self.new_tokens = new_tokens
         self.observed = observed
+        # noted once the weights have shown the padding
+        self._query: Tensor | None = None
         self._dense: tuple[Tensor, Tensor] | None = None
 
     def count(self, door: str) -> None:
@@ -71,7 +73,10 @@ class ViewSource:
     ) -> Tensor:
         """Returns attention from the packed store, and counts the call under `door`."""
         self.count(door)
-        self._observe(query)
+        if self.observed:
+            before = self.view.length - self.new_tokens
+            fits = mask is not None and mask.shape[2] == self.new_tokens
+            self._observe(query, padding_of_mask(mask, before) if fits else None)
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         return attend(
             query,
@@ -87,12 +92,15 @@ class ViewSource:
         if _wants_gradient(query):
             return None
         self.count("eager")
-        self._observe(query)
+        self._query = query
         return reference.scores(query, self.view).to(query.dtype)
 
     def mix(self, weights: Tensor) -> Tensor | None:
         if _wants_gradient(weights):
             return None
+        if self.observed and self._query is not None:
+            self._observe(self._query, padding_of_weights(weights))
+            self._query = None
         return reference.mix(weights, self.view).to(weights.dtype)
 
     def dense(self, role: Role) -> Tensor:
@@ -100,11 +108,10 @@ class ViewSource:
             self._dense = self.view.dense()
         return self._dense[0 if role == "key" else 1]
 
-    def _observe(self, query: Tensor) -> None:
-        if self.observed:
-            # one token's queries may come as rows: the group of a KV head
-            rows = query.shape[2] if query.shape[2] == self.new_tokens else 1
-            self.layer.observe(query, None, rows)
+    def _observe(self, query: Tensor, padding: Tensor | None) -> None:
+        # one token's queries may come as rows: the group of a KV head
+        rows = query.shape[2] if query.shape[2] == self.new_tokens else 1
+        self.layer.observe(query, padding, rows)
 
 
 class PromptSource:
@@ -161,7 +168,7 @@ class PromptSource:
 
     def observe(self, query: Tensor, mask: Tensor | None) -> None:
         """Takes note of the prompt's queries."""
-        self.layer.observe(query, padding_of_mask(mask, query.shape[0]), query.shape[2])
+        self.layer.observe(query, padding_of_mask(mask, 0), query.shape[2])
 
     def scores(self, query: Tensor) -> Tensor | None:
         if self.strict:

@@ -36,6 +36,13 @@ class QueryStatistics:
         self.total = total if self.total is None else self.total + total
         self.count = count if self.count is None else self.count + count
 
+    def extend_padding(self, count: Tensor | None, before: int) -> None:
+        """Notes that `count` `[B]` tokens behind `before` others are padding, if all those were."""
+        if count is None:
+            return
+        padding = torch.zeros_like(count) if self.padding is None else self.padding
+        self.padding = torch.where(padding == before, padding + count, padding)
+
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
         """Applies `function` to every tensor, all batch first."""
         for name in ("total", "count", "padding"):
@@ -44,32 +51,38 @@ class QueryStatistics:
                 setattr(self, name, function(tensor))
 
 
-def padding_of_mask(mask: Tensor | None, batch: int) -> Tensor | None:
-    """Returns the left padding `[B]` that a prompt's mask `[B | 1, any, t, t]` shows; None for none.
+def padding_of_mask(mask: Tensor | None, before: int) -> Tensor | None:
+    """Returns how many of the new tokens a mask shows to be left padding.
 
-    Every token of the prompt sees itself, so the first columns that no query sees are padding.
+    A token that does not see itself is padding; windows and chunks hide older tokens only.
+
+    Args:
+        mask: `[B, any, L, N]` for L new tokens behind `before` old ones, N at least their sum,
+            bool (True: visible) or additive float; None shows none.
+        before: Tokens before the new ones.
+
+    Returns:
+        int64 `[B]`: new tokens at the start of each sequence that are padding; None for none.
     """
     if mask is None:
         return None
-    heads = mask[:, 0]
-    visible = heads if heads.dtype == torch.bool else heads > torch.finfo(heads.dtype).min / 2
-    return _leading(~visible.any(-2), batch)
+    itself = mask[:, 0, :, before:].diagonal(dim1=-2, dim2=-1)
+    if itself.dtype != torch.bool:
+        itself = itself > torch.finfo(itself.dtype).min / 2
+    return _leading(~itself)
 
 
 def padding_of_weights(weights: Tensor) -> Tensor | None:
-    """Returns the left padding `[B]` that a prompt's attention weights `[B, Hq, t, t]` show.
+    """Returns how many of the new tokens their attention weights `[B, Hq, L, N]` show as padding.
 
     A query that may see nothing sees everything alike: the softmax of equal numbers.
     """
     if weights.shape[-1] == 1:
         return None
-    constant = weights.amax(-1) == weights.amin(-1)
-    return _leading(constant.all(1), weights.shape[0])
+    return _leading((weights.amax(-1) == weights.amin(-1)).all(1))
 
 
-def _leading(hidden: Tensor, batch: int) -> Tensor | None:
-    """Returns how many True each row `[B | 1, t]` starts with; None if no row does."""
-    count = hidden.long().cumprod(-1).sum(-1).expand(batch)
-    # a row with nothing visible tells nothing
-    count = count.masked_fill(hidden.all(-1).expand(batch), 0)
-    return count.clone() if bool(count.any()) else None
+def _leading(hidden: Tensor) -> Tensor | None:
+    """Returns how many True each row `[B, L]` starts with; None if no row does."""
+    count = hidden.long().cumprod(-1).sum(-1)
+    return count if bool(count.any()) else None

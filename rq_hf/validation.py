@@ -15,7 +15,7 @@ def check_states(key: Tensor, value: Tensor, layer: str) -> None:
 
     Args:
         key: New keys `[B, Hk, t, D]`.
-        value: New values, same shape and dtype.
+        value: New values, same shape.
         layer: Name of the layer for the message.
 
     Raises:
@@ -31,11 +31,8 @@ def check_states(key: Tensor, value: Tensor, layer: str) -> None:
             f"{layer}: keys {list(key.shape)} and values {list(value.shape)} must have one shape; "
             "models whose keys and values differ (multi-head latent attention) need DynamicCache"
         )
-    if key.dtype != value.dtype or key.dtype not in DTYPES:
-        raise ValueError(
-            f"{layer}: keys and values must share one dtype of float32, bfloat16 or float16, "
-            f"got {key.dtype} and {value.dtype}"
-        )
+    if key.dtype not in DTYPES:
+        raise ValueError(f"{layer}: keys must be float32, bfloat16 or float16, got {key.dtype}")
     if not MIN_HEAD_DIM <= key.shape[3] <= MAX_HEAD_DIM:
         raise ValueError(
             f"{layer}: head_dim must be {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {key.shape[3]}"
@@ -62,6 +59,19 @@ def check_unchanged(
         )
 
 
+def check_device(key: Tensor, device: torch.device, layer: str) -> None:
+    """Refuses new keys that are on another device than the stored ones.
+
+    Raises:
+        ValueError: The devices differ.
+    """
+    if key.device != device:
+        raise ValueError(
+            f"{layer}: the cache is on {device}, got states on {key.device}; move it with "
+            "to(device), or use a new cache"
+        )
+
+
 def check_finite(key: Tensor, value: Tensor, layer: str) -> None:
     """Refuses NaN and infinity.
 
@@ -77,6 +87,6 @@ def check_finite(key: Tensor, value: Tensor, layer: str) -> None:
         if not torch.isfinite(states).all():
             bad = int((~torch.isfinite(states)).sum())
             raise ValueError(
-                f"{layer}: {bad} of {states.numel()} new {name} numbers are NaN or infinite; "
-                "nothing was stored. Look at the model's inputs, weights and dtype"
+                f"{layer}: {bad} of {states.numel()} new {name} numbers are NaN or infinite and "
+                "were not stored; look at the model's inputs, weights and dtype"
             )

@@ -22,18 +22,24 @@ def test_padding_is_what_no_query_sees(padding: list[int], window: int, additive
     mask = causal_mask(padding, window=window)
     if additive:
         mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
-    assert padding_of_mask(mask, 2).tolist() == padding
+    assert padding_of_mask(mask, 0).tolist() == padding
 
 
 def test_no_padding_is_none() -> None:
-    assert padding_of_mask(None, 2) is None
-    assert padding_of_mask(causal_mask([0, 0]), 2) is None
-    assert padding_of_mask(causal_mask([0, 0], window=2), 2) is None
-    # a mask for all sequences, and biases that are not hidden columns
-    assert padding_of_mask(causal_mask([2]), 3).tolist() == [2, 2, 2]
-    assert padding_of_mask(-1e4 * torch.ones(1, 1, 1, 5), 1) is None
-    # a sequence with nothing visible tells nothing
-    assert padding_of_mask(torch.zeros(2, 1, 1, 5, dtype=torch.bool), 2) is None
+    assert padding_of_mask(None, 0) is None
+    assert padding_of_mask(causal_mask([0, 0]), 0) is None
+    assert padding_of_mask(causal_mask([0, 0], window=2), 0) is None
+    # biases are not hidden columns
+    assert padding_of_mask(-1e4 * torch.ones(1, 1, 5, 5), 0) is None
+
+
+def test_padding_adds_up_over_chunks() -> None:
+    statistics = QueryStatistics()
+    whole = causal_mask([7, 2])
+    for start, stop in ((0, 4), (4, 6), (6, 9)):
+        chunk = whole[:, :, start:stop, :stop]
+        statistics.extend_padding(padding_of_mask(chunk, start), start)
+    assert statistics.padding.tolist() == [7, 2]
 
 
 @pytest.mark.parametrize("window", [9, 2])

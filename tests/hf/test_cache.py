@@ -158,6 +158,8 @@ def test_encoder_decoder_takes_a_pair_and_refuses_one() -> None:
     with pytest.raises(ValueError, match="EncoderDecoderCache"):
         RotorQuantCache(config=model.config)
     tokens = make_tokens(20)
+    with pytest.raises(ValueError, match=r"updated twice before layer 1.*EncoderDecoderCache"):
+        generate(model, tokens, RotorQuantCache())
     pair = EncoderDecoderCache(RotorQuantCache(), DynamicCache())
     plain = EncoderDecoderCache(DynamicCache(), DynamicCache())
     assert torch.equal(generate(model, tokens, pair), generate(model, tokens, plain))
@@ -304,3 +306,29 @@ def test_a_saved_prompt_is_continued_as_if_never_saved(
     expected = generate(llama, turn, cache)
     loaded = RotorQuantCache.load(tmp_path / "prompt.safetensors", llama.config)
     assert torch.equal(generate(llama, turn, loaded), expected)
+
+
+def test_a_cache_moves_with_all_it_holds() -> None:
+    model = make_model("gemma3")
+    cache = RotorQuantCache(config=model.config, residual_length=32)
+    generate(model, make_tokens(300), cache)
+    assert cache.to("cpu") is cache
+    moved = copy.deepcopy(cache).to("meta")
+    tensors = [*moved.layers[1].store.tensors(), moved.layers[1].preconditioner.balance]
+    assert all(t.device.type == "meta" for t in [*tensors, moved.layers[0].keys])
+    with pytest.raises(ValueError, match="layer 1: the cache is on meta, got states on cpu"):
+        moved.update(torch.zeros(1, 2, 1, 64), torch.zeros(1, 2, 1, 64), 1)
+
+
+def test_bits_of_a_sliding_layer_are_refused() -> None:
+    config = make_model("gemma3").config
+    with pytest.raises(ValueError, match=r"layers \[0\], which are not of full attention"):
+        RotorQuantCache(config=config, layer_bits={0: 4})
+    assert RotorQuantCache(config=config, layer_bits={0: 16, 1: 4}).packed_layers
+
+
+def test_autocast_states_are_taken(llama: PreTrainedModel) -> None:
+    tokens = make_tokens(300)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = generate(llama, tokens, RotorQuantCache(config=llama.config, residual_length=32))
+    assert out.shape == (1, 340)
