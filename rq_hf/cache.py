@@ -134,7 +134,8 @@ class RotorQuantCache(Cache):
             if isinstance(layer, RotorQuantLayer):
                 layer.to(device)
             elif isinstance(layer, DynamicLayer) and layer.keys is not None:
-                layer.keys, layer.values = (x.to(device) for x in (layer.keys, layer.values))
+                assert layer.values is not None
+                layer.keys, layer.values = layer.keys.to(device), layer.values.to(device)
                 layer.device = layer.keys.device
         return self
 
