@@ -50,9 +50,6 @@ def assert_generates_as_oracle(model: PreTrainedModel, length: int = 300, **opti
 
 FLOWS: dict[str, dict[str, Any]] = {
     "greedy": {},
-    "sample": {"do_sample": True, "num_return_sequences": 2},
-    "beam": {"num_beams": 3},
-    "beam-sample": {"num_beams": 2, "do_sample": True},
     "long": {"max_new_tokens": 150},
 }
 
@@ -75,17 +72,6 @@ def test_logits_are_the_models_own_while_nothing_is_packed(family: str) -> None:
     assert torch.equal(mine, generate(model, tokens, DynamicCache(config=model.config)))
 
 
-def test_prompt_lookup_crops_and_goes_on(llama: PreTrainedModel) -> None:
-    tokens = make_tokens(30).repeat(1, 10)
-    cache = RotorQuantCache(config=llama.config, **SMALL)
-    oracle = make_oracle(cache)
-    options = {"prompt_lookup_num_tokens": 5, "max_new_tokens": 60}
-    assert torch.equal(
-        generate(llama, tokens, cache, **options), generate(llama, tokens, oracle, **options)
-    )
-    assert cache.get_seq_length() == tokens.shape[1] + 59
-
-
 def test_a_left_padded_sequence_is_continued_as_it_is_alone(llama: PreTrainedModel) -> None:
     # padding of whole tiles, so that alone or padded the same tokens are packed
     alone = make_tokens(300)
@@ -102,28 +88,6 @@ def test_a_left_padded_sequence_is_continued_as_it_is_alone(llama: PreTrainedMod
         assert torch.equal(padded[:1, 128:], expected)
         assert cache.layers[0].padding.tolist() == [128, 0]
     llama.set_attn_implementation("sdpa")
-
-
-def test_several_turns_on_one_cache_and_a_copied_prefix(llama: PreTrainedModel) -> None:
-    prefix = make_tokens(300)
-    cache = RotorQuantCache(config=llama.config, **SMALL)
-    with torch.no_grad():
-        llama(prefix, past_key_values=cache)
-    for seed in (1, 2):
-        turn = torch.cat((prefix, make_tokens(60, seed=seed)), 1)
-        continued = generate(llama, turn, copy.deepcopy(cache))
-        again = generate(llama, turn, copy.deepcopy(cache))
-        assert torch.equal(continued, again)
-    assert cache.get_seq_length() == 300
-
-
-def test_reset_then_another_batch_size(llama: PreTrainedModel) -> None:
-    cache = RotorQuantCache(config=llama.config, **SMALL)
-    generate(llama, make_tokens(300), cache)
-    cache.reset()
-    tokens = make_tokens(300, batch=3)
-    fresh = generate(llama, tokens, RotorQuantCache(config=llama.config, **SMALL))
-    assert torch.equal(generate(llama, tokens, cache), fresh)
 
 
 def test_without_a_config_layers_appear_as_they_are_used(llama: PreTrainedModel) -> None:
