@@ -5,7 +5,9 @@ python -m eval.multi_gpu --out eval/results/multi_gpu.json
 
 Runs a random Llama on one device, then with its layers on two (accelerate's device_map), then with
 its heads on two processes (tensor parallel: NCCL, or Gloo with --device cpu), each time with a
-packed cache; compares the tokens and prints what each device held.
+packed cache and with the host's exact one; compares the tokens and prints what each device held.
+Sums over processes round in another order, and a tie decided otherwise leads elsewhere: the exact
+cache shows whether that happens.
 """
 
 from __future__ import annotations
@@ -21,7 +23,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from eval.results_io import header, write_json
 from rq_hf import RotorQuantCache
@@ -40,14 +48,25 @@ def main() -> None:
         results = {"one device": run_on_one(folder, args)}
         results["layers on two devices"] = run_device_map(folder, args)
         results["tensor parallel"] = start_tensor_parallel(folder, args)
-    reference = results["one device"]["tokens"]
     for way, result in results.items():
-        result["equal"] = result["tokens"] == reference
-        print(f"{way:24}tokens equal: {result['equal']}   {result['held']}")
+        for kind in ("tokens", "exact_tokens"):
+            pairs = zip(result[kind], results["one device"][kind], strict=True)
+            result[f"{kind}_agreeing"] = [_agreeing(mine, theirs) for mine, theirs in pairs]
+        result["equal"] = result["tokens"] == results["one device"]["tokens"]
+        print(
+            f"{way:24}tokens agreeing: packed {result['tokens_agreeing']}, "
+            f"exact {result['exact_tokens_agreeing']}   {result['held']}"
+        )
     run = header("eval.multi_gpu", sys.argv[1:], torch.device(args.device))
     write_json(args.out, {**run, "config": _settings(args), "results": results})
     if not all(result["equal"] for result in results.values()):
         sys.exit("the tokens differ")
+
+
+def _agreeing(mine: list[int], theirs: list[int]) -> int:
+    """Returns how many tokens from the start on are the same."""
+    pairs = enumerate(zip(mine, theirs, strict=True))
+    return next((i for i, (a, b) in pairs if a != b), len(mine))
 
 
 def _parse() -> argparse.Namespace:
@@ -92,21 +111,24 @@ def generate(model: PreTrainedModel, args: argparse.Namespace, device: str) -> d
     stream = torch.Generator().manual_seed(1)
     prompt = torch.randint(3, 1000, (2, args.prompt_tokens), generator=stream).to(device)
     cache = RotorQuantCache(config=model.config, nbits=args.nbits)
-    output = model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        past_key_values=cache,
-        max_new_tokens=args.new_tokens,
-        do_sample=False,
-        pad_token_id=0,
+    tokens, exact_tokens = (
+        model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            past_key_values=one,
+            max_new_tokens=args.new_tokens,
+            do_sample=False,
+            pad_token_id=0,
+        )[:, args.prompt_tokens :].tolist()
+        for one in (cache, DynamicCache(config=model.config))
     )
     held: dict[str, int] = {}
     for layer in cache.packed_layers:
         for tensor in layer.store.tensors():
             key = f"{tensor.device}, {tensor.shape[1]} KV heads"
             held[key] = held.get(key, 0) + tensor.untyped_storage().nbytes()
-    tokens = output[:, args.prompt_tokens :].tolist()
-    return {"tokens": tokens, "held": held, "layers": cache.describe().splitlines()}
+    described = cache.describe().splitlines()
+    return {"tokens": tokens, "exact_tokens": exact_tokens, "held": held, "layers": described}
 
 
 def run_on_one(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
