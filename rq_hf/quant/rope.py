@@ -16,6 +16,8 @@ from torch import Tensor
 
 # positions whose angles are held in float64 at a time
 _ANGLE_ROWS = 4096
+# longest table that is kept: one for a whole long text would be a burden
+_KEPT_ROWS = 8192
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +72,8 @@ class RopeTable:
         first, cos, sin = self._last.get(name, (0, None, None))
         if cos is None or sin is None or start < first or start + count > first + cos.shape[0]:
             first, (cos, sin) = start, self._tabulate(start, count, device)
-            self._last[name] = (first, cos, sin)
+            if count <= _KEPT_ROWS:
+                self._last[name] = (first, cos, sin)
         rows = slice(start - first, start - first + count)
         return cos[rows], sin[rows]
 

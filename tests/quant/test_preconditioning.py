@@ -479,3 +479,13 @@ def test_mean_scores_are_products_with_the_means() -> None:
         actual = statistics.mean_scores(query, 50, 40).expand_as(wanted)
         bound = 64 * EPS * float(wanted.abs().max())
         torch.testing.assert_close(actual, wanted, rtol=0, atol=bound)
+
+
+def test_long_tables_are_not_kept() -> None:
+    rope = table(16, False)
+    rope.cos_sin(0, 8192)
+    kept = rope._last["cpu"][1]
+    assert kept.shape == (8192, 8)
+    cos, _ = rope.cos_sin(0, 20_000)
+    assert cos.shape == (20_000, 8)
+    assert rope._last["cpu"][1] is kept
