@@ -26,16 +26,9 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
 from eval.capture import LayerStates, capture
-from eval.options import (
-    add_model_options,
-    add_text_options,
-    describe_model,
-    load_options_model,
-    read_texts,
-)
+from eval.options import add_first_window_options, load_first_window
 from eval.results_io import header, write_json
 from eval.settings import Setting, parse_settings, reason_to_skip
-from eval.windows import make_windows
 
 METRICS = ("key_error", "key_error_centred", "value_error", "logit_error", "output_error")
 # logits in work at once
@@ -118,25 +111,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_model_options(parser)
-    add_text_options(parser)
-    parser.add_argument("--tokens", type=int, default=1024, help="from the start of the text")
+    add_first_window_options(parser)
     parser.add_argument("--settings", nargs="+", required=True, help="see eval/settings.py")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     args = parser.parse_args(argv)
     settings = parse_settings(args.settings, strict=True)
-    model, tokenizer = load_options_model(args)
-    texts = read_texts(args)
-    (tokens,) = make_windows(tokenizer, texts, count=1, length=args.tokens, bos=args.bos)
+    model, tokens, described = load_first_window(args)
     head = header("eval.fidelity", argv, args.device)
     config = {
-        "model": describe_model(args, model),
-        "texts": [text.describe() for text in texts],
-        "tokens": args.tokens,
+        **described,
         "settings": {setting.label: setting.options for setting in settings},
     }
     print(json.dumps({**head["environment"], "model": config["model"]}, indent=1))
-    layers = capture(model, tokens.to(args.device))
+    layers = capture(model, tokens)
     rows = []
     for setting in tqdm(settings, unit="setting", disable=None):
         reason = reason_to_skip(setting, model.config, strict=True)

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.precision import narrow_linear_layers
-from eval.windows import DATASETS, Text, download_text, read_text
+from eval.windows import DATASETS, Text, download_text, make_windows, read_text
 from examples.loading import load_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -72,3 +72,25 @@ def describe_model(args: argparse.Namespace, model: PreTrainedModel) -> dict[str
         "dtype": args.dtype,
         "linear_dtype": args.linear_dtype or args.dtype,
     }
+
+
+def add_first_window_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what `load_first_window` reads: model, text, and --tokens."""
+    add_model_options(parser)
+    add_text_options(parser)
+    parser.add_argument("--tokens", type=int, default=1024, help="from the start of the text")
+
+
+def load_first_window(
+    args: argparse.Namespace,
+) -> tuple[PreTrainedModel, torch.Tensor, dict[str, Any]]:
+    """Returns the model, the text's first tokens `[1, n]` on its device, and both described."""
+    model, tokenizer = load_options_model(args)
+    texts = read_texts(args)
+    (tokens,) = make_windows(tokenizer, texts, count=1, length=args.tokens, bos=args.bos)
+    described = {
+        "model": describe_model(args, model),
+        "texts": [text.describe() for text in texts],
+        "tokens": args.tokens,
+    }
+    return model, tokens.to(args.device), described

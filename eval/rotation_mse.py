@@ -27,15 +27,8 @@ from transformers import PreTrainedModel
 
 from eval.capture import LayerStates, capture
 from eval.fidelity import relative_error, store
-from eval.options import (
-    add_model_options,
-    add_text_options,
-    describe_model,
-    load_options_model,
-    read_texts,
-)
+from eval.options import add_first_window_options, load_first_window
 from eval.results_io import header, write_json
-from eval.windows import make_windows
 from rq_hf import RotorQuantCache
 from rq_hf.quant.codebooks import get_codebook
 from rq_hf.quant.quantizers import MSEQuantizer
@@ -107,21 +100,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_model_options(parser)
-    add_text_options(parser)
-    parser.add_argument("--tokens", type=int, default=1024, help="from the start of the text")
+    add_first_window_options(parser)
     parser.add_argument("--seeds", type=int, default=4, help="rotations drawn of each kind")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     args = parser.parse_args(argv)
-    model, tokenizer = load_options_model(args)
-    texts = read_texts(args)
-    (tokens,) = make_windows(tokenizer, texts, count=1, length=args.tokens, bos=args.bos)
-    states = capture(model, tokens.to(args.device))
+    model, tokens, described = load_first_window(args)
+    states = capture(model, tokens)
     head = header("eval.rotation_mse", argv, args.device)
     config = {
-        "model": describe_model(args, model),
-        "texts": [text.describe() for text in texts],
-        "tokens": args.tokens,
+        **described,
         "layers": [layer.layer for layer in states],
         "key_shape": list(states[0].key.shape),
         "seeds": args.seeds,

@@ -78,7 +78,7 @@ def rotorquant_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
         )
     if isinstance(source, PromptSource):
-        source.count(NAME)
+        source.layer.count("prompt")
         source.observe(query, attention_mask)
         key, value = source.key, source.value
     options = kwargs if softcap is None else {**kwargs, "softcap": softcap}

@@ -73,7 +73,7 @@ class RotorQuantLayer(PackedStates, CacheLayerMixin):
 
         Args:
             key_states: New keys `[B, Hk, t, D]`, float32, bfloat16 or float16.
-            value_states: New values, same shape and dtype.
+            value_states: New values, same shape; kept in the dtype of the keys.
 
         Returns:
             Keys and values `[B, Hk, n + t, D]` for `n` tokens stored before: handles, or dense
@@ -82,9 +82,9 @@ class RotorQuantLayer(PackedStates, CacheLayerMixin):
         Raises:
             ValueError: The states cannot be stored here; the layer is as it was.
         """
+        self._check(key_states, value_states)
         # autocast leaves values in half precision beside float32 keys
         value_states = value_states.to(key_states.dtype)
-        self._check(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.settle()

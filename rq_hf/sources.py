@@ -92,13 +92,13 @@ class ViewSource:
         if _wants_gradient(query):
             return None
         self.count("eager")
-        self._query = query
+        self._query = query if self.observed else None
         return reference.scores(query, self.view).to(query.dtype)
 
     def mix(self, weights: Tensor) -> Tensor | None:
         if _wants_gradient(weights):
             return None
-        if self.observed and self._query is not None:
+        if self._query is not None:
             self._observe(self._query, padding_of_weights(weights))
             self._query = None
         return reference.mix(weights, self.view).to(weights.dtype)

@@ -31,8 +31,11 @@ def check_states(key: Tensor, value: Tensor, layer: str) -> None:
             f"{layer}: keys {list(key.shape)} and values {list(value.shape)} must have one shape; "
             "models whose keys and values differ (multi-head latent attention) need DynamicCache"
         )
-    if key.dtype not in DTYPES:
-        raise ValueError(f"{layer}: keys must be float32, bfloat16 or float16, got {key.dtype}")
+    if key.dtype not in DTYPES or value.dtype not in DTYPES:
+        raise ValueError(
+            f"{layer}: keys and values must be float32, bfloat16 or float16, "
+            f"got {key.dtype} and {value.dtype}"
+        )
     if not MIN_HEAD_DIM <= key.shape[3] <= MAX_HEAD_DIM:
         raise ValueError(
             f"{layer}: head_dim must be {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {key.shape[3]}"

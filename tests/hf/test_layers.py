@@ -201,8 +201,15 @@ def refused_states() -> dict[str, tuple[list[Tensor], str]]:
         "tiny head_dim": (make_states(3, 9, head_dim=8), "head_dim must be 16 to 512, got 8"),
         "batch": (make_states(3, 9, batch=1), "holds .* got .1, 2, 64."),
         "dtype": ([keys.bfloat16(), values.bfloat16()], "holds torch.float32, got torch.bfloat16"),
-        "float64": ([keys.double(), values.double()], "keys must be float32, bfloat16 or float16"),
-        "integer": ([keys.long(), values.long()], "keys must be float32, bfloat16 or float16"),
+        "float64": (
+            [keys.double(), values.double()],
+            "keys and values must be float32, bfloat16 or float16",
+        ),
+        "integer": (
+            [keys.long(), values.long()],
+            "keys and values must be float32, bfloat16 or float16",
+        ),
+        "integer values": ([keys, values.long()], "got torch.float32 and torch.int64"),
         "rank": ([keys[0], values[0]], "must be .batch, kv_heads, tokens, head_dim."),
         "shapes": ([keys, values[:, :, :2]], "must have one shape"),
     }
