@@ -43,6 +43,7 @@ LADDER: dict[str, dict[str, Any]] = {
     "step6-least-squares": {"scale": "least_squares"},
     "step7-search": {"scale": "search"},
     "step8-butterfly": {"rotation": "butterfly"},
+    "step9-hadamard": {"rotation": "hadamard"},
 }
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "rotation": ("butterfly", "rotor", "dense", "hadamard", "none"),
+    "rotation": ("hadamard", "butterfly", "rotor", "dense", "none"),
     "key_codec": ("mse", "prod"),
     "codebook": ("gaussian", "beta"),
     "scale": ("search", "least_squares", "norm"),
@@ -52,9 +52,10 @@ class RotorQuantConfig:
             than these are packed a whole tile (64 or 128 tokens) at a time.
         sink_length: The first tokens of a sequence that always stay exact: attention leans on
             them ("attention sinks", arXiv 2309.17453).
-        rotation: What mixes the coordinates before they are rounded: "butterfly" (layers of
-            equalised Cl(3,0) rotors), "rotor" (one layer of random rotors, the original
-            RotorQuant), "dense" (TurboQuant, arXiv 2504.19874), "hadamard" or "none".
+        rotation: What mixes the coordinates before they are rounded: "hadamard" (a Hadamard
+            matrix with random signs), "butterfly" (layers of equalised Cl(3,0) rotors), "rotor"
+            (one layer of random rotors, the original RotorQuant), "dense" (TurboQuant, arXiv
+            2504.19874) or "none".
         key_codec: "mse" (nearest levels) or "prod" (one bit fewer, and QJL signs of the
             residual, TurboQuant Algorithm 2).
         codebook: Distribution that the Lloyd-Max levels are made for: "gaussian" or "beta", the
@@ -86,7 +87,7 @@ class RotorQuantConfig:
     layer_bits: Mapping[int, int] | None = field(default=None, hash=False)
     residual_length: int = 128
     sink_length: int = 4
-    rotation: str = "butterfly"
+    rotation: str = "hadamard"
     key_codec: str = "mse"
     codebook: str = "gaussian"
     scale: str = "search"

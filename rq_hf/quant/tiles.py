@@ -59,7 +59,7 @@ class TileCodec:
         key_bits: int,
         value_bits: int,
         key_codec: str = "mse",
-        rotation: str = "butterfly",
+        rotation: str = "hadamard",
         codebook: str = "gaussian",
         scale: str = "search",
         sketch: str = "orthogonal",

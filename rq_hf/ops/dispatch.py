@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which implementation of an operation runs: plain torch, or Triton kernels."""
+
+from __future__ import annotations
+
+import torch
+
+IMPLS = ("auto", "reference", "triton")
+
+
+def use_triton(impl: str, why_not: str | None) -> bool:
+    """Tells whether the kernels run.
+
+    Args:
+        impl: "auto" (kernels where they can run), "reference" (plain torch) or "triton".
+        why_not: Why the kernels cannot run on these inputs; None if they can.
+
+    Raises:
+        ValueError: Unknown `impl`, or kernels were asked for and cannot run.
+    """
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
+    if impl == "triton" and why_not is not None:
+        raise ValueError(f"impl='triton' cannot run: {why_not}; use impl='reference' or 'auto'")
+    return impl != "reference" and why_not is None
+
+
+def device_obstacle(device: torch.device) -> str | None:
+    """Why kernels cannot run on tensors of this device; None if they can.
+
+    CPU tensors serve in Triton's interpreter (`TRITON_INTERPRET=1`).
+    """
+    if device.type == "cuda":
+        return None if torch.version.hip is None else "the kernels are for NVIDIA GPUs"
+    if device.type == "cpu" and _interpreting():
+        return None
+    return f"it needs tensors on an NVIDIA GPU, got {device.type}"
+
+
+def _interpreting() -> bool:
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
