@@ -2,6 +2,7 @@
 """Pictures of result files.
 
 python -m eval.plot eval/results/perplexity.json
+python -m eval.plot eval/results/attention-speed.json
 """
 
 from __future__ import annotations
@@ -16,6 +17,12 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from eval.shapes import parse_shape
+from eval.tables import module_of, setting_title
+
+DPI = 100  # pictures live in the repository
 
 
 def plot_perplexity(result: dict[str, Any], path: Path) -> None:
@@ -23,7 +30,7 @@ def plot_perplexity(result: dict[str, Any], path: Path) -> None:
     # an exact cache diverges by 0, which has no place on a logarithmic axis
     rows = [row for row in result["summary"] if row["windows"] and row["kl"] > 0]
     config = result["config"]
-    figure, (by_bits, by_position) = plt.subplots(1, 2, figsize=(11, 4.5))
+    figure, (by_bits, by_position) = plt.subplots(1, 2, figsize=(12, 4.5))
     for row in rows:
         (line,) = by_position.plot(_centres(config, row), row["kl_by_piece"], label=row["setting"])
         by_bits.errorbar(
@@ -38,9 +45,13 @@ def plot_perplexity(result: dict[str, Any], path: Path) -> None:
     if config["switch_at"] is not None:
         by_position.axvline(config["switch_at"], color="grey", linestyle=":")
     if rows:
-        by_position.legend(fontsize="small")
+        by_position.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=DPI, pil_kwargs={"optimize": True})
     plt.close(figure)
 
 
@@ -50,11 +61,52 @@ def _centres(config: dict[str, Any], row: dict[str, Any]) -> list[float]:
     return [start + (stop - start) * (i + 0.5) / pieces for i in range(pieces)]
 
 
+def plot_attention(result: dict[str, Any], path: Path) -> None:
+    """Draws time against tokens of one sequence, of a result of `eval.benchmark_attention`.
+
+    Of the first model in it. All bf16 kernels make one line, that of the fastest.
+    """
+    lines, model = _attention_lines(result)
+    figure, axes = plt.subplots(figsize=(6.5, 4.5))
+    for name, times in lines.items():
+        style = {"color": "black", "linestyle": "--"} if name == "fastest bf16" else {}
+        axes.plot(*zip(*sorted(times.items()), strict=True), marker="o", label=name, **style)
+    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="µs a layer and step")
+    axes.set_title(f"{model}, one sequence, {result['environment']['device']}")
+    ticks = sorted({tokens for times in lines.values() for tokens in times})
+    axes.set_xticks(ticks, [f"{tokens / 1024:g}k" for tokens in ticks], minor=False)
+    axes.minorticks_off()
+    axes.grid(alpha=0.3, which="both")
+    if lines:
+        axes.legend(fontsize="small")
+    _save(figure, path)
+
+
+def _attention_lines(result: dict[str, Any]) -> tuple[dict[str, dict[int, float]], str]:
+    """Returns times by number of tokens for each line, and the model that they are of."""
+    model = parse_shape(result["rows"][0]["shape"]).model
+    lines: dict[str, dict[int, float]] = {}
+    for row in result["rows"]:
+        shape = parse_shape(row["shape"])
+        if row["timing"] is None or shape.model != model or shape.case.batch != 1:
+            continue
+        name = setting_title(row["attention"]) if row["packed"] else "fastest bf16"
+        times, us = lines.setdefault(name, {}), row["timing"]["us"]
+        times[shape.case.context] = min(us, times.get(shape.case.context, us))
+    return lines, model
+
+
+PLOTS = {"perplexity": plot_perplexity, "benchmark_attention": plot_attention}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", nargs="+", type=Path, help="files of eval.perplexity")
+    parser.add_argument(
+        "results", nargs="+", type=Path, help="files of eval.perplexity, eval.benchmark_attention"
+    )
     for path in parser.parse_args(argv).results:
-        plot_perplexity(json.loads(path.read_text()), path.with_suffix(".png"))
+        result = json.loads(path.read_text())
+        PLOTS[module_of(result)](result, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

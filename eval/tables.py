@@ -14,10 +14,14 @@ import json
 import re
 import sys
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
+
+from eval.goals import PROD_OVER_MSE
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+MIB = 1 << 20
 TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
@@ -40,21 +44,29 @@ def fill(text: str) -> str:
 def make_table(path: Path) -> str:
     """Returns a result file as a Markdown table with its command and hardware below."""
     result = json.loads(path.read_text())
-    rows = _mse_rows(result) if "rows" in result else _perplexity_rows(result)
+    module = module_of(result)
+    rows = MAKERS[module](result)
+    legend = LEGENDS.get(module, "").format_map(result)
     lines = [" | ".join(row) for row in rows]
     lines.insert(1, " | ".join(["---"] * len(rows[0])))
     environment = result["environment"]
     versions = f"torch {environment['torch']}, transformers {environment['transformers']}"
     source = f"`{result['command']}`; {environment['device']}, {versions}; `{path.name}`"
-    return "\n".join(f"| {line} |" for line in lines) + f"\n\n{source}\n"
+    return "\n".join(f"| {line} |" for line in lines) + f"\n\n{legend}{source}\n"
+
+
+def module_of(result: dict[str, Any]) -> str:
+    """Returns the script that wrote a result: `perplexity` of `python -m eval.perplexity ...`."""
+    return result["command"].split()[2].removeprefix("eval.")
 
 
 def _perplexity_rows(result: dict[str, Any]) -> list[list[str]]:
-    header = ["cache", "bits a number", "perplexity", "change", "mean KL", "top-1 agreement"]
-    return [header] + [
+    header = ["cache", "bits a number", "tokens", "perplexity", "change", "mean KL"]
+    return [[*header, "top-1 agreement"]] + [
         [
             f"`{row['setting']}`",
             f"{row['bits_nominal']:.2f}",
+            f"{row['tokens']:,}",
             f"{row['perplexity']:.2f} (exact {row['reference_perplexity']:.2f})",
             f"{row['delta_percent']:+.2f}% ± {row['delta_percent_error']:.2f}",
             f"{row['kl']:.4f}",
@@ -78,6 +90,107 @@ def _mse_rows(result: dict[str, Any]) -> list[list[str]]:
         table.append([rotation, *(f"{cells[kind, b]:.4f}" for kind in kinds for b in bits)])
     gaussian = [f"{result['gaussian'][str(b)]:.4f}" for _ in kinds for b in bits]
     return [*table, ["(Gaussian source)", *gaussian]]
+
+
+def _fidelity_rows(result: dict[str, Any]) -> list[list[str]]:
+    """Mean over layers of each error."""
+    errors = {"keys": "key_error", "values": "value_error"}
+    errors |= {"logits": "logit_error", "outputs": "output_error"}
+    return [["cache", *errors]] + [
+        [f"`{row['setting']}`", *(f"{row['mean'][name]:.4f}" for name in errors.values())]
+        for row in result["rows"]
+    ]
+
+
+def _attention_rows(result: dict[str, Any]) -> list[list[str]]:
+    """Time of the fastest bf16 kernel and of each packed setting, by shape."""
+    settings = list(dict.fromkeys(row["attention"] for row in result["rows"] if row["packed"]))
+    table = [["model, batch x tokens", "fastest bf16", *map(setting_title, settings)]]
+    for shape in dict.fromkeys(row["shape"] for row in result["rows"]):
+        rows = {r["attention"]: r for r in result["rows"] if r["shape"] == shape}
+        packed = [_packed_cell(rows[name], rows.get("3")) for name in settings]
+        table.append([shape.replace(":", ", "), _dense_cell(rows), *packed])
+    return table
+
+
+def setting_title(name: str) -> str:
+    """Returns what a packed setting of `eval.benchmark_attention` is called."""
+    return "3 bits, Prod keys" if name == "prod" else f"{name} bits"
+
+
+def _dense_cell(rows: dict[str, dict[str, Any]]) -> str:
+    timed = [row for row in rows.values() if not row["packed"] and row["timing"]]
+    if not timed:
+        return "none ran"
+    best = min(timed, key=lambda row: row["timing"]["us"])
+    return f"{_time_and_rate(best)} ({best['attention']})"
+
+
+def _packed_cell(row: dict[str, Any], mse: dict[str, Any] | None) -> str:
+    if row["timing"] is None:
+        return _failure(row)
+    cell = _time_and_rate(row)
+    if row["ratio"] is not None:
+        cell += f"; {row['ratio']:.2f}x of {row['byte_ceiling']:.1f}x"
+    if row["goal"] is not None:
+        cell += f" (goal {row['goal']}x)"
+    if row["attention"] == "prod" and mse is not None and mse["timing"]:
+        over = row["timing"]["us"] / mse["timing"]["us"]
+        cell += f"; {over:.2f} of MSE's time (goal {PROD_OVER_MSE:.2f})"
+    return cell
+
+
+def _time_and_rate(row: dict[str, Any]) -> str:
+    eager = " eager" if row["timing"]["method"] == "eager" else ""
+    return f"{row['timing']['us']:.1f} µs{eager}, {row['read_rate_percent']:.0f}%"
+
+
+def _failure(row: dict[str, Any]) -> str:
+    return "not run: " + shorten(row["error"].replace("|", "/"), 60, placeholder=" ...")
+
+
+def _generate_rows(result: dict[str, Any]) -> list[list[str]]:
+    """Step, prefill and memory of each cache, by case."""
+    cells = {(row["case"], row["row"]): _generate_cell(row) for row in result["rows"]}
+    cases, names = (list(dict.fromkeys(column)) for column in zip(*cells, strict=True))
+    return [["cache", *cases]] + [
+        [result["labels"][name], *(cells.get((case, name), "-") for case in cases)]
+        for name in names
+    ]
+
+
+def _generate_cell(row: dict[str, Any]) -> str:
+    if row["error"] is not None:
+        return _failure(row)
+    goal = "" if row["goal_ms"] is None else f" (goal {row['goal_ms']})"
+    memory = f"{row['cache_bytes'] / MIB:.0f} MiB"
+    if row["prefill_peak_bytes"] is not None:
+        memory += f", peak {row['prefill_peak_bytes'] / MIB:.0f}"
+    return f"{row['step_ms']:.2f} ms{goal}; {row['prefill_s']:.2f} s; {memory}"
+
+
+MAKERS = {
+    "perplexity": _perplexity_rows,
+    "fidelity": _fidelity_rows,
+    "rotation_mse": _mse_rows,
+    "benchmark_attention": _attention_rows,
+    "benchmark_generate": _generate_rows,
+}
+LEGENDS = {
+    "fidelity": (
+        "Mean over layers, of one window of {config[tokens]} tokens. Keys, values and outputs of "
+        "attention: squared error by squared length; logits: root mean square error.\n\n"
+    ),
+    "benchmark_attention": (
+        "Time of one step of one layer, its share of the measured read rate of memory "
+        "({read_rate_gb_per_s:.0f} GB/s); how many times faster than the fastest bf16 kernel, of "
+        "how many times fewer bytes.\n\n"
+    ),
+    "benchmark_generate": (
+        "A decode step; prefill; bytes of the cache's buffers, and the peak during prefill on top "
+        "of the weights.\n\n"
+    ),
+}
 
 
 if __name__ == "__main__":

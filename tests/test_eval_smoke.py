@@ -19,7 +19,7 @@ from transformers import (
     DynamicCache,
 )
 
-from eval import fidelity, perplexity, plot, rotation_mse, scoring
+from eval import fidelity, perplexity, plot, rotation_mse, scoring, tables
 from eval.capture import capture
 from eval.paired import PairedSums
 from eval.precision import NarrowLinear, narrow_linear_layers
@@ -68,6 +68,7 @@ def test_perplexity_strict(saved_model: Path, text: Path, tmp_path: Path) -> Non
     assert "generate" in result["skipped"]["quantized:4"]
     assert result["command"].startswith("python -m eval.perplexity --model model")
     assert str(tmp_path) not in out.read_text()
+    assert f"| `dynamic` | 16.00 | {exact['tokens']} | " in tables.make_table(out)
     assert out.with_suffix(".png").stat().st_size > 0
 
 
@@ -350,6 +351,9 @@ def test_fidelity(saved_model: Path, text: Path, tmp_path: Path) -> None:
         assert 0 < fine < coarse
         assert metric == "logit_error" or coarse < 1
     assert [layer["layer"] for layer in rows[0]["layers"]] == [0, 1]
+    table = tables.make_table(out)
+    assert f"| `near-lossless:4` | {rows[0]['mean']['key_error']:.4f} | " in table
+    assert "of one window of 80 tokens" in table
 
 
 def test_rotation_mse(saved_model: Path, text: Path, tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from eval import tables
 from rq_hf import RotorQuantCache, RotorQuantConfig
 from rq_hf.config import CHOICES, PRESETS
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
 
 
@@ -53,6 +54,18 @@ def test_settings_table_states_the_defaults() -> None:
 @pytest.mark.parametrize("value", [v for values in [*CHOICES.values(), PRESETS] for v in values])
 def test_every_choice_is_named(value: str) -> None:
     assert value in README
+
+
+def test_every_flow_names_a_test_file_that_is_there() -> None:
+    _, start, rest = README.partition("| flow | status | shown by |\n| --- | --- | --- |\n")
+    assert start
+    rows = rest.partition("\n\n")[0].splitlines()
+    for row in rows:
+        _, flow, status, files, _ = row.split("|")
+        named = re.findall(r"`(tests/[\w/]+\.py)`", files)
+        assert named and status.strip(), flow
+        missing = [name for name in named if not (ROOT / name).is_file()]
+        assert not missing, flow
 
 
 def test_tables_are_those_of_the_result_files() -> None:

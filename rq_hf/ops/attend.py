@@ -6,6 +6,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from rq_hf.ops import reference
+from rq_hf.ops.dispatch import device_obstacle, use_triton
 from rq_hf.ops.view import LayerView
 from rq_hf.quant.precision import no_autocast
 
@@ -19,6 +20,7 @@ def attend(
     causal: bool = False,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    impl: str = "auto",
 ) -> Tensor:
     """Returns softmax(scale q k^T) v over all tokens of a layer, `[B, Hq, L, D]`, query's dtype.
 
@@ -31,15 +33,27 @@ def attend(
         causal: The queries are the newest L tokens and see no later ones. Independent of `mask`.
         softcap: Scores become `softcap * tanh(scores / softcap)` before masking.
         sinks: One logit a query head, `[Hq]`, that takes weight and has no value (gpt-oss).
+        impl: "auto" (kernels where they can run: few queries on a GPU), "reference" or "triton".
 
     Raises:
-        ValueError: Shapes do not match.
+        ValueError: Shapes do not match, or the kernels were asked for and cannot run.
     """
     _check(query, view, mask, sinks)
+    run = reference.attend
+    if use_triton(impl, obstacle(query, view)):
+        from rq_hf.ops.triton.attend import attend as run
     with no_autocast(query.device):
-        return reference.attend(
-            query, view, scale=scale, mask=mask, causal=causal, softcap=softcap, sinks=sinks
-        )
+        return run(query, view, scale=scale, mask=mask, causal=causal, softcap=softcap, sinks=sinks)
+
+
+def obstacle(query: Tensor, view: LayerView) -> str | None:
+    """Why the kernels cannot compute this; None if they can."""
+    device = device_obstacle(query.device)
+    if device is not None:
+        return device
+    from rq_hf.ops.triton.attend import obstacle as of_kernels
+
+    return of_kernels(query, view)
 
 
 def _check(query: Tensor, view: LayerView, mask: Tensor | None, sinks: Tensor | None) -> None:

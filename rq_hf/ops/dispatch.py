@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import os
+
 import torch
 
 IMPLS = ("auto", "reference", "triton")
@@ -30,14 +34,14 @@ def device_obstacle(device: torch.device) -> str | None:
 
     CPU tensors serve in Triton's interpreter (`TRITON_INTERPRET=1`).
     """
-    if device.type == "cuda":
-        return None if torch.version.hip is None else "the kernels are for NVIDIA GPUs"
-    if device.type == "cpu" and _interpreting():
-        return None
-    return f"it needs tensors on an NVIDIA GPU, got {device.type}"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type != "cuda" and not (device.type == "cpu" and interpreted):
+        return f"it needs tensors on an NVIDIA GPU, got {device.type}"
+    if device.type == "cuda" and torch.version.hip is not None:
+        return "the kernels are for NVIDIA GPUs"
+    return None if _triton_is_installed() else "triton is not installed"
 
 
-def _interpreting() -> bool:
-    from triton import knobs
-
-    return bool(knobs.runtime.interpret)
+@functools.cache
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None

@@ -139,7 +139,7 @@ def _packed_scores(
     result = grouped_product(rotated, keys.transpose(2, 3))
     first = view.packed_start + start * view.codec.layout.tile_length
     if view.preconditioner is not None:
-        result += view.preconditioner.mean_scores(q, first, keys.shape[2])
+        result += view.preconditioner.mean_scores(q, view.offset + first, keys.shape[2])
     index = torch.arange(first, first + keys.shape[2], device=q.device)
     return result, values, index
 

@@ -33,8 +33,8 @@ class LayerView:
     """Keys and values of one layer as they were when the view was taken.
 
     The store never writes to a row that a view shows, so a view stays right whatever is stored
-    later, until tokens are dropped (`crop`). The place of a token in the sequence ("index") counts
-    padding.
+    later, until tokens are dropped (`crop`). The place of a token in the view ("index") counts
+    padding, and begins with the first token left where a sliding window has dropped older ones.
 
     Attributes:
         sinks: The first tokens, exact. With left padding these are each sequence's first real
@@ -46,7 +46,10 @@ class LayerView:
         codec: What decodes them.
         preconditioner: What was done to keys and values before; None for nothing.
         recent: The newest tokens, exact, oldest first, in one piece or more.
-        padding: Left padding of each sequence, int64 `[B]`; None for none.
+        padding: Left padding of each sequence, int64 `[B]`, as far as it is in the view; None for
+            none.
+        offset: Tokens dropped before the view's first: token `n` of the view has index
+            `offset + n` in the sequence, which the key mean depends on.
     """
 
     sinks: ExactRows
@@ -58,6 +61,7 @@ class LayerView:
     preconditioner: Preconditioner | None
     recent: tuple[ExactRows, ...]
     padding: Tensor | None = None
+    offset: int = 0
 
     @property
     def length(self) -> int:
@@ -77,7 +81,7 @@ class LayerView:
         states = self.codec.decode(self.records[:, :, start:stop], self.scales[:, :, start:stop])
         key, value = (x[:, :, :count] for x in states)
         if self.preconditioner is not None:
-            at = self.packed_start + start * length
+            at = self.offset + self.packed_start + start * length
             key = self.preconditioner.restore_keys(key, at, dtype)
             value = self.preconditioner.restore_values(value, dtype)
         return key.to(dtype), value.to(dtype)

@@ -1,0 +1,484 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention of a few query rows to the packed tiles of one KV head (Gluon, one warp a program).
+
+For the packed tokens n of a split, with rotated integer levels k_n and z_n, scales a_n and b_n:
+
+    score_n = a_n <q', k_n> (+ w_n <S q', signs_n>) + q . RoPE_n(pre_mean) + q . post_mean
+    partial = (max, sum of weights, sum_n weight_n b_n z_n)          with weights exp2(score_n - max)
+
+Products with levels are exact: queries, and weights times scales, are 16-bit integers, split into
+two int8 columns (high and low byte) of one tensor-core product. Codes never touch shared memory.
+Padding columns cost nothing: a product has at least 8 columns, for 4 rows of queries.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+
+from rq_hf.ops.triton.operands import operands, operands_1
+
+
+@gluon.jit
+def load_words(
+    pointer, offsets, PLANE: gl.constexpr, BITS: gl.constexpr
+):  # three planes for 3 bits, else one and two stand-ins
+    first = gl.load(pointer + offsets)
+    if BITS == 3:
+        return first, gl.load(pointer + offsets + PLANE), gl.load(pointer + offsets + 2 * PLANE)
+    else:
+        return first, first, first
+
+
+@gluon.jit
+def stack_halves(lower, upper, ROWS: gl.constexpr, COLUMNS: gl.constexpr, M: gl.constexpr):
+    """[ROWS, COLUMNS] twice -> [2 ROWS, COLUMNS]: tokens of a tile whose halves lie side by side."""
+    stacked = gl.permute(gl.join(lower, upper), [2, 0, 1])
+    return gl.convert_layout(gl.reshape(stacked, [2 * ROWS, COLUMNS]), M)
+
+
+@gluon.jit
+def block_products(
+    k0, k1, k2, k3, q0, q1, q2, q3, start, FOUR: gl.constexpr, JOINED: gl.constexpr, M: gl.constexpr
+):
+    """Integer products [T, 2H] of a block of columns, added to `start`."""
+    if JOINED:
+        lower = mma_v2(k1, q1, mma_v2(k0, q0, start))
+        upper = mma_v2(k3, q1, mma_v2(k2, q0, start))
+        return stack_halves(lower, upper, start.shape[0], start.shape[1], M)
+    elif FOUR:
+        products = mma_v2(k1, q1, mma_v2(k0, q0, start))
+        return mma_v2(k3, q3, mma_v2(k2, q2, products))
+    else:
+        return mma_v2(k1, q1, mma_v2(k0, q0, start))
+
+
+@gluon.jit
+def high_low(products, ROWS: gl.constexpr, H: gl.constexpr):
+    """[ROWS, 2H] products with high and low bytes -> [ROWS, H] with 16-bit integers, float32."""
+    high, low = gl.split(gl.reshape(products, [ROWS, H, 2]))
+    return (high * 256 + low).to(gl.float32)
+
+
+@gluon.jit
+def mean_products(
+    ROPE, ANGLES, COEF, tile, T: gl.constexpr, H: gl.constexpr, PAIRS: gl.constexpr, M: gl.constexpr
+):
+    """q . RoPE_n(pre_mean), [T, 2H] float32 in high and low parts, for the tokens of a tile.
+
+    With (a, b) the coefficients of cos and sin of a query row, turned by the tile's first position,
+    these are products with one table of the cosines and sines of 0 .. T - 1 positions.
+
+    Args:
+        ROPE: float16 table in operand order, `tables.RopeOperands`.
+        ANGLES: float32 [tiles, 2, PAIRS], cos and sin at the tiles' first positions.
+        COEF: float32 [2, H, PAIRS], a and b of the rows.
+    """
+    TABLE: gl.constexpr = gl.DotOperandLayout(0, M, 2)
+    ROWS: gl.constexpr = gl.DotOperandLayout(1, M, 2)
+    L: gl.constexpr = gl.BlockedLayout([1, 1, 4], [8, 4, 1], [1, 1, 1], [2, 1, 0])
+    LT: gl.constexpr = gl.BlockedLayout([1, 8], [32, 1], [1, 1], [1, 0])
+    column = gl.arange(0, 2 * H, layout=gl.SliceLayout(1, gl.SliceLayout(2, L)))[:, None, None]
+    lane = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(2, L)))[None, :, None]
+    place = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, L)))[None, None, :]
+    pair = lane * (PAIRS // 4) + place
+    coef = COEF + (column // 2) * PAIRS + pair
+    angle = ANGLES + tile * (2 * PAIRS) + pair + column * 0
+    low = column % 2 == 1
+    words: gl.constexpr = T * 16 // 8
+    offset = (
+        gl.arange(0, words, layout=gl.SliceLayout(1, LT))[:, None] * 8
+        + gl.arange(0, 8, layout=gl.SliceLayout(0, LT))[None, :]
+    )
+    sums = gl.full([T, 2 * H], 0.0, gl.float32, layout=M)
+    for block in gl.static_range(PAIRS // 16):
+        a = gl.load(coef + block * 4)
+        b = gl.load(coef + H * PAIRS + block * 4)
+        cos = gl.load(angle + block * 4)
+        sin = gl.load(angle + PAIRS + block * 4)
+        even = rope_rows(a * cos + b * sin, low, H, ROWS)
+        odd = rope_rows(b * cos - a * sin, low, H, ROWS)
+        sums = mma_v2(rope_table(ROPE, offset, 2 * block, T, TABLE), even, sums)
+        sums = mma_v2(rope_table(ROPE, offset, 2 * block + 1, T, TABLE), odd, sums)
+    return sums
+
+
+@gluon.jit
+def rope_rows(turned, low, H: gl.constexpr, OPERAND: gl.constexpr):
+    """float32 [2H, 4, 4] coefficients -> float16 operand [16, 2H], high and low columns."""
+    high = turned.to(gl.float16)
+    rest = (turned - high.to(gl.float32)).to(gl.float16)
+    halves = gl.where(low, rest, high)
+    halves = gl.permute(gl.reshape(halves, [2 * H, 4, 2, 2]), [2, 1, 3, 0])  # hi t j | column
+    return gl.convert_layout(gl.reshape(halves, [16, 2 * H]), OPERAND)
+
+
+@gluon.jit
+def rope_table(ROPE, offset, part, T: gl.constexpr, OPERAND: gl.constexpr):
+    """Part of the table as float16 operand [T, 16]."""
+    table = gl.load(ROPE + part * (T * 16) + offset)
+    table = gl.reshape(table, [T // 16, 8, 4, 2, 2, 2])  # mt g t hi h j
+    table = gl.permute(table, [0, 4, 1, 3, 2, 5])  # mt h g | hi t j
+    return gl.convert_layout(gl.reshape(table, [T, 16]), OPERAND)
+
+
+@gluon.jit
+def load_scales(pointer, offset, T: gl.constexpr, LAYOUT: gl.constexpr):
+    """Scales of a tile in the order of its tokens, [T] float32."""
+    scales = gl.reshape(gl.permute(gl.load(pointer + offset), [1, 0]), [T])
+    return gl.convert_layout(scales, LAYOUT).to(gl.float32)
+
+
+@gluon.jit
+def load_rows(pointer, row, width: gl.constexpr, stride: gl.constexpr, B: gl.constexpr):
+    """int8 operand [width, 2H] of query rows that lie `stride` apart."""
+    place = gl.arange(0, width, layout=gl.SliceLayout(1, B))[:, None]
+    return gl.load(pointer + row[None, :] * stride + place)
+
+
+@gluon.jit
+def attend_tiles(
+    RECORDS,
+    SCALES,
+    ROWS8,
+    ROW_SCALES,
+    COEF,
+    CONSTANT,
+    ROPE,
+    ANGLES,
+    PADDING,
+    MASK,
+    PARTIAL,
+    WEIGHT,
+    record_batch,
+    record_head,
+    scale_batch,
+    scale_head,
+    mask_batch,
+    mask_head,
+    mask_query,
+    mask_token,
+    tokens,
+    splits,
+    parts,
+    first_token,
+    last_seen,
+    kv_heads,
+    group,
+    queries,
+    key_step,
+    value_step,
+    cap,
+    k0_,
+    k1_,
+    k2_,
+    k3_,
+    v0_,
+    v1_,
+    v2_,
+    v3_,
+    D: gl.constexpr,
+    T: gl.constexpr,
+    KEY_BITS: gl.constexpr,
+    VALUE_BITS: gl.constexpr,
+    SKETCH: gl.constexpr,
+    H: gl.constexpr,
+    PAIRS: gl.constexpr,
+    PADDED: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    MASKED: gl.constexpr,
+    CAPPED: gl.constexpr,
+):
+    """Writes the partial result of one split for a block of H query rows of one KV head.
+
+    Args:
+        RECORDS: int32 [B, Hk, tiles, W], strides `record_batch`, `record_head`, W, 1.
+        SCALES: float16 [B, Hk, tiles, S, T], strides `scale_batch`, `scale_head`, S T, T, 1.
+        ROWS8: int8 [B Hk, blocks, 1 or 2, 2H, D]: bytes of the rotated rows, then of the sketched.
+        ROW_SCALES: float32 [B Hk, blocks, 1 or 2, H]: steps of these integers.
+        COEF: float32 [B Hk, blocks, 2, H, PAIRS], see `mean_products`.
+        CONSTANT: float32 [B Hk, blocks, H], added to all scores of a row.
+        PADDING: int64 [B]; that many first packed tokens are hidden.
+        MASK: bool (MASKED = 1) or float (2) [B, Hq, L, N] with the strides `mask_...`.
+        PARTIAL: float32 [B Hk, blocks, parts, H, D].
+        WEIGHT: float32 [B Hk, blocks, parts, H, 2]: maximum (base 2) and sum.
+        tokens: Packed tokens.
+        first_token: Index of the first packed token in the sequence.
+        last_seen: Index of the last packed token that the first query may see (CAUSAL).
+        key_step, value_step: Steps of the integer levels.
+        cap: Softcap times log2(e); rows are then prepared for tanh (CAPPED).
+        k0_ .. v3_: Tables of levels, four bytes each.
+    """
+    M: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[2, 0], warps_per_cta=[1, 1], instr_shape=[16, 8]
+    )
+    A: gl.constexpr = gl.DotOperandLayout(0, M, 4)
+    B: gl.constexpr = gl.DotOperandLayout(1, M, 4)
+    LOAD: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [1, 1], [1, 0])
+    LN: gl.constexpr = gl.BlockedLayout([1, T // 8], [8, 4], [1, 1], [1, 0])
+    WIDE: gl.constexpr = D == 256
+    JOINED: gl.constexpr = D == 64 and KEY_BITS != 4
+    SIGN_JOINED: gl.constexpr = D == 64
+    KEY_BLOCKS: gl.constexpr = 2 if WIDE else 1
+    KEY_ROWS: gl.constexpr = T // 2 if JOINED else T
+    KEY_WIDTH: gl.constexpr = (64 if D > 64 else 32) if KEY_BITS == 4 else 32
+    KEY_FOUR: gl.constexpr = KEY_BITS != 4
+    VALUE_ROWS: gl.constexpr = 128 if WIDE else D
+    VALUE_FOUR: gl.constexpr = VALUE_BITS != 4
+    VALUE_WIDTH: gl.constexpr = T // 4 if VALUE_FOUR else T // 2
+    KEY_WORDS: gl.constexpr = T * D * KEY_BITS // 32
+    VALUE_WORDS: gl.constexpr = T * D * VALUE_BITS // 32
+    SIGN_WORDS: gl.constexpr = T * D // 32 if SKETCH else 0
+    RECORD: gl.constexpr = KEY_WORDS + VALUE_WORDS + SIGN_WORDS
+    KEY_PLANES: gl.constexpr = 3 if KEY_BITS == 3 else 1
+    VALUE_PLANES: gl.constexpr = 3 if VALUE_BITS == 3 else 1
+    KEY_LOAD: gl.constexpr = KEY_WORDS // KEY_BLOCKS // KEY_PLANES
+    VALUE_LOAD: gl.constexpr = VALUE_WORDS // KEY_BLOCKS // VALUE_PLANES
+    VALUE_PLANE: gl.constexpr = VALUE_WORDS // VALUE_PLANES
+    SIGN_LOAD: gl.constexpr = T * D // 32 // KEY_BLOCKS
+    SIDES: gl.constexpr = 2 if SKETCH else 1
+    SCALE_ROWS: gl.constexpr = 3 if SKETCH else 2
+    WIDTH_OF_BLOCK: gl.constexpr = 128 if WIDE else D
+
+    split = gl.program_id(0)
+    unit = gl.program_id(1)
+    blocks = (group * queries + H - 1) // H
+    head = unit // blocks
+    block = unit % blocks
+    batch = (head // kv_heads).to(gl.int64)
+    kv_head = (head % kv_heads).to(gl.int64)
+    unit = unit.to(gl.int64)
+    tiles = (tokens + T - 1) // T
+    per = (tiles + splits - 1) // splits
+    start = split * per
+    stop = gl.minimum(tiles, start + per)
+    pad = 0
+    if PADDED:
+        pad = gl.load(PADDING + batch).to(gl.int32)
+        start = gl.maximum(start, pad // T)
+
+    column = gl.arange(0, 2 * H, layout=gl.SliceLayout(0, B))
+    rows8 = ROWS8 + unit * (SIDES * 2 * H * D)
+    q0 = load_rows(rows8, column, KEY_WIDTH, D, B)
+    q1 = load_rows(rows8 + KEY_WIDTH, column, KEY_WIDTH, D, B)
+    q2, q3, q4, q5, q6, q7 = q0, q1, q0, q1, q0, q1
+    if KEY_FOUR and not JOINED:
+        q2 = load_rows(rows8 + 64, column, 32, D, B)
+        q3 = load_rows(rows8 + 96, column, 32, D, B)
+    if WIDE:
+        q4 = load_rows(rows8 + 128, column, KEY_WIDTH, D, B)
+        q5 = load_rows(rows8 + 128 + KEY_WIDTH, column, KEY_WIDTH, D, B)
+        if KEY_FOUR:
+            q6 = load_rows(rows8 + 192, column, 32, D, B)
+            q7 = load_rows(rows8 + 224, column, 32, D, B)
+    if SKETCH:
+        signs8 = rows8 + 2 * H * D
+        z0 = load_rows(signs8, column, 32, D, B)
+        z1 = load_rows(signs8 + 32, column, 32, D, B)
+        z2, z3, z4, z5, z6, z7 = z0, z1, z0, z1, z0, z1
+        if not SIGN_JOINED:
+            z2 = load_rows(signs8 + 64, column, 32, D, B)
+            z3 = load_rows(signs8 + 96, column, 32, D, B)
+        if WIDE:
+            z4 = load_rows(signs8 + 128, column, 32, D, B)
+            z5 = load_rows(signs8 + 160, column, 32, D, B)
+            z6 = load_rows(signs8 + 192, column, 32, D, B)
+            z7 = load_rows(signs8 + 224, column, 32, D, B)
+
+    line = gl.arange(0, KEY_LOAD // 4, layout=gl.SliceLayout(1, LOAD))[:, None] * 4
+    word = gl.arange(0, 4, layout=gl.SliceLayout(0, LOAD))[None, :]
+    key_at = line + word
+    value_line = gl.arange(0, VALUE_LOAD // 4, layout=gl.SliceLayout(1, LOAD))[:, None] * 4
+    value_at = value_line + word + KEY_WORDS
+    sign_line = gl.arange(0, SIGN_LOAD // 4, layout=gl.SliceLayout(1, LOAD))[:, None] * 4
+    sign_at = sign_line + word + (KEY_WORDS + VALUE_WORDS)
+    records = RECORDS + batch * record_batch + kv_head * record_head
+    scales = SCALES + batch * scale_batch + kv_head * scale_head
+
+    zero_scores = gl.full([T, 2 * H], 0, gl.int32, layout=M)
+    zero_values = gl.full([VALUE_ROWS, 2 * H], 0, gl.int32, layout=M)
+    zero_half = gl.full([T // 2, 2 * H], 0, gl.int32, layout=M)
+    half0, half1 = gl.split(gl.reshape(zero_scores, [T, H, 2]))
+    S: gl.constexpr = half0.type.layout
+    half2, half3 = gl.split(gl.reshape(zero_values, [VALUE_ROWS, H, 2]))
+    O: gl.constexpr = half2.type.layout
+    scale_at = (
+        gl.arange(0, 8, layout=gl.SliceLayout(1, LN))[:, None] * (T // 8)
+        + gl.arange(0, T // 8, layout=gl.SliceLayout(0, LN))[None, :]
+    )
+    row = gl.arange(0, H, layout=gl.SliceLayout(0, S))
+    token = gl.arange(0, T, layout=gl.SliceLayout(1, S))
+    row_scale = gl.load(ROW_SCALES + unit * (SIDES * H) + row) * key_step
+    if SKETCH:
+        sign_scale = gl.load(ROW_SCALES + unit * (SIDES * H) + H + row)
+    constant = gl.load(CONSTANT + unit * H + row)
+    this_row = block * H + row
+    query = this_row % queries
+    mask_row = (
+        batch * mask_batch
+        + (kv_head * group + gl.minimum(this_row // queries, group - 1)) * mask_head
+        + query.to(gl.int64) * mask_query
+    )
+
+    start_products = zero_half if JOINED else zero_scores
+    if KEY_BITS == 4:
+        # levels are stored as level + 64: 64 times the sum of a row is taken off in advance
+        ones = gl.full([16, KEY_WIDTH], 1, gl.int8, layout=A)
+        sums = mma_v2(ones, q0, mma_v2(ones, q1, gl.full([16, 2 * H], 0, gl.int32, layout=M)))
+        if WIDE:
+            sums = mma_v2(ones, q4, mma_v2(ones, q5, sums))
+        sums = gl.convert_layout(gl.max(sums, 0) * -64, gl.SliceLayout(0, M))
+        start_products = zero_scores + sums[None, :]
+
+    maximum = gl.full([H], -1e30, gl.float32, layout=gl.SliceLayout(0, S))
+    total = gl.full([H], 0.0, gl.float32, layout=gl.SliceLayout(0, S))
+    out0 = gl.full([VALUE_ROWS, H], 0.0, gl.float32, layout=O)
+    out1 = out0
+
+    # words of the next tile are loaded as soon as those of this one are used
+    here = records + gl.minimum(start, tiles - 1).to(gl.int64) * RECORD
+    if not WIDE:
+        k0w, k1w, k2w = load_words(here, key_at, KEY_LOAD, KEY_BITS)
+        v0w, v1w, v2w = load_words(here, value_at, VALUE_PLANE, VALUE_BITS)
+        if SKETCH:
+            sw = gl.load(here + sign_at)
+    for tile in range(start, stop):
+        here = records + tile.to(gl.int64) * RECORD
+        after = records + gl.minimum(tile + 1, stop - 1).to(gl.int64) * RECORD
+        scale_of = scales + tile.to(gl.int64) * (SCALE_ROWS * T)
+        key_scale = load_scales(scale_of, scale_at, T, gl.SliceLayout(1, S))
+        value_scale = load_scales(scale_of + T, scale_at, T, gl.SliceLayout(1, S))
+        if WIDE:
+            k0w, k1w, k2w = load_words(here, key_at, KEY_LOAD, KEY_BITS)
+        c0, c1, c2, c3 = operands(
+            k0w, k1w, k2w, k0_, k1_, k2_, k3_, KEY_ROWS, KEY_WIDTH, KEY_BITS, A
+        )
+        products = block_products(
+            c0, c1, c2, c3, q0, q1, q2, q3, start_products, KEY_FOUR, JOINED, M
+        )
+        if WIDE:
+            k0w, k1w, k2w = load_words(here + KEY_WORDS // 2, key_at, KEY_LOAD, KEY_BITS)
+            c0, c1, c2, c3 = operands(
+                k0w, k1w, k2w, k0_, k1_, k2_, k3_, KEY_ROWS, KEY_WIDTH, KEY_BITS, A
+            )
+            products = block_products(
+                c0, c1, c2, c3, q4, q5, q6, q7, products, KEY_FOUR, JOINED, M
+            )
+        else:
+            k0w, k1w, k2w = load_words(after, key_at, KEY_LOAD, KEY_BITS)
+        score = high_low(products, T, H) * (key_scale[:, None] * row_scale[None, :])
+        if SKETCH:
+            sign_scale_of = load_scales(scale_of + 2 * T, scale_at, T, gl.SliceLayout(1, S))
+            if WIDE:
+                sw = gl.load(here + sign_at)
+            c0, c1, c2, c3 = operands_1(sw, 0xFF01, T // 2 if SIGN_JOINED else T, A)
+            signed = block_products(
+                c0,
+                c1,
+                c2,
+                c3,
+                z0,
+                z1,
+                z2,
+                z3,
+                zero_half if SIGN_JOINED else zero_scores,
+                True,
+                SIGN_JOINED,
+                M,
+            )
+            if WIDE:
+                sw = gl.load(here + sign_at + SIGN_WORDS // 2)
+                c0, c1, c2, c3 = operands_1(sw, 0xFF01, T, A)
+                signed = block_products(c0, c1, c2, c3, z4, z5, z6, z7, signed, True, False, M)
+            else:
+                sw = gl.load(after + sign_at)
+            score += high_low(signed, T, H) * (sign_scale_of[:, None] * sign_scale[None, :])
+        if PAIRS > 0:
+            coef = COEF + unit * (2 * H * PAIRS)
+            high, low = gl.split(
+                gl.reshape(mean_products(ROPE, ANGLES, coef, tile, T, H, PAIRS, M), [T, H, 2])
+            )
+            score += high + low
+        score += constant[None, :]
+        if CAPPED:
+            score = cap - (2 * cap) / (gl.exp2(score) + 1)
+
+        place = tile * T + token
+        if MASKED == 1:
+            at = MASK + mask_row[None, :] + (first_token + place)[:, None].to(gl.int64) * mask_token
+            inside = (place < tokens)[:, None]
+            seen = gl.load(at, mask=inside & (mask_row[None, :] >= 0), other=0) != 0
+            score = gl.where(seen, score, float("-inf"))
+        if MASKED == 2:
+            at = MASK + mask_row[None, :] + (first_token + place)[:, None].to(gl.int64) * mask_token
+            inside = (place < tokens)[:, None]
+            bias = gl.load(at, mask=inside & (mask_row[None, :] >= 0), other=float("-inf"))
+            bias = bias.to(gl.float32) * 1.4426950408889634
+            # a finite bias hides nothing if all are equal: -inf alone does
+            score = gl.where(bias > float("-inf"), gl.maximum(score + bias, -1e30), bias)
+        if CAUSAL:
+            score = gl.where(place[:, None] <= (last_seen + query)[None, :], score, float("-inf"))
+        if (tile + 1) * T > tokens or tile * T < pad:
+            inside_split = (place < tokens) & (place >= pad)
+            score = gl.where(inside_split[:, None], score, float("-inf"))
+
+        new_maximum = gl.maximum(maximum, gl.max(score, 0))
+        weight = gl.exp2(score - new_maximum[None, :])
+        shrink = gl.exp2(maximum - new_maximum)
+        total = total * shrink + gl.sum(weight, 0)
+        maximum = new_maximum
+        scaled = weight * value_scale[:, None]
+        peak = gl.maximum(gl.max(scaled, 0), 1e-30)
+        whole = (scaled * (32512.0 / peak)[None, :] + 0.5).to(gl.int32)
+        bytes8 = gl.join(((whole + 128) >> 8).to(gl.int8), whole.to(gl.int8))  # [T, H, 2]
+        bytes8 = gl.reshape(bytes8, [T // VALUE_WIDTH, VALUE_WIDTH, 2 * H])
+        bytes8 = gl.permute(bytes8, [1, 2, 0])
+        if VALUE_FOUR:
+            even, odd = gl.split(gl.reshape(bytes8, [VALUE_WIDTH, 2 * H, 2, 2]))
+            p0, p2 = gl.split(even)
+            p1, p3 = gl.split(odd)
+            p0 = gl.convert_layout(p0, B)
+            p1 = gl.convert_layout(p1, B)
+            p2 = gl.convert_layout(p2, B)
+            p3 = gl.convert_layout(p3, B)
+            start_values = zero_values
+        else:
+            p0, p1 = gl.split(bytes8)
+            p0 = gl.convert_layout(p0, B)
+            p1 = gl.convert_layout(p1, B)
+            p2, p3 = p0, p1
+            minus = gl.full([16, VALUE_WIDTH], -64, gl.int8, layout=A)
+            sums = gl.full([16, 2 * H], 0, gl.int32, layout=M)
+            sums = gl.max(mma_v2(minus, p0, mma_v2(minus, p1, sums)), 0)
+            start_values = zero_values + gl.convert_layout(sums, gl.SliceLayout(0, M))[None, :]
+        shrink_out = gl.convert_layout(shrink, gl.SliceLayout(0, O))
+        step = gl.convert_layout(peak, gl.SliceLayout(0, O)) * (value_step / 32512.0)
+        if WIDE:
+            v0w, v1w, v2w = load_words(here, value_at, VALUE_PLANE, VALUE_BITS)
+        c0, c1, c2, c3 = operands(
+            v0w, v1w, v2w, v0_, v1_, v2_, v3_, VALUE_ROWS, VALUE_WIDTH, VALUE_BITS, A
+        )
+        summed = block_products(
+            c0, c1, c2, c3, p0, p1, p2, p3, start_values, VALUE_FOUR, False, M
+        )
+        out0 = out0 * shrink_out[None, :] + high_low(summed, VALUE_ROWS, H) * step[None, :]
+        if WIDE:
+            v0w, v1w, v2w = load_words(here + VALUE_LOAD, value_at, VALUE_PLANE, VALUE_BITS)
+            c0, c1, c2, c3 = operands(
+                v0w, v1w, v2w, v0_, v1_, v2_, v3_, VALUE_ROWS, VALUE_WIDTH, VALUE_BITS, A
+            )
+            summed = block_products(
+                c0, c1, c2, c3, p0, p1, p2, p3, start_values, VALUE_FOUR, False, M
+            )
+            out1 = out1 * shrink_out[None, :] + high_low(summed, VALUE_ROWS, H) * step[None, :]
+        else:
+            v0w, v1w, v2w = load_words(after, value_at, VALUE_PLANE, VALUE_BITS)
+
+    out_row = gl.arange(0, H, layout=gl.SliceLayout(0, O))
+    out_dim = gl.arange(0, VALUE_ROWS, layout=gl.SliceLayout(1, O))
+    at = (unit * parts + split) * H
+    place_out = PARTIAL + (at + out_row[None, :]) * D + out_dim[:, None]
+    gl.store(place_out, out0)
+    if WIDE:
+        gl.store(place_out + 128, out1)
+    gl.store(WEIGHT + (at + row) * 2, maximum)
+    gl.store(WEIGHT + (at + row) * 2 + 1, total)
