@@ -15,7 +15,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "sketch": ("orthogonal", "gaussian"),
     "estimator": ("mmse", "unbiased"),
     "key_mean": ("auto", "pre_rope", "post_rope", "none"),
+    "sliding": ("exact", "packed"),
     "path": ("auto", "dense"),
+    "impl": ("auto", "reference", "triton"),
 }
 BITS = (2, 3, 4, 8)
 EXACT_BITS = 16
@@ -71,8 +73,15 @@ class RotorQuantConfig:
         balance: Scale key channels by sqrt(rms of queries / rms of keys), so that errors fall
             where queries do not look.
         value_mean: Free values of their mean.
+        sliding: What becomes of layers with a sliding window, or attention in chunks: "exact"
+            (the host's own layers) or "packed" (like all others, but without sinks, and the
+            tiles that have left the window are dropped). Windows that the exact tail would
+            cover, of at most `residual_length` + 1 tokens, are exact in any case.
         path: What attention is given: "auto" (handles that are read packed, where the model's
             attention can take them) or "dense" (decoded tensors, layer by layer).
+        impl: What computes on packed tiles: "auto" (kernels on an NVIDIA GPU, plain torch elsewhere),
+            "reference" (plain torch) or "triton" (kernels, or an error that says why not). More than
+            32 new tokens at a time are read by torch's matrix products in any case.
         strict: Evaluation only: every query reads decoded keys and values of all tokens, its own
             included; nothing but the sinks stays exact.
         seed: Seed of rotations and sketches.
@@ -97,7 +106,9 @@ class RotorQuantConfig:
     key_mean: str = "auto"
     balance: bool = True
     value_mean: bool = True
+    sliding: str = "exact"
     path: str = "auto"
+    impl: str = "auto"
     strict: bool = False
     seed: int = 0
 

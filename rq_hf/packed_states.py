@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from torch.nn import functional as F
 
 from rq_hf.config import RotorQuantConfig
 from rq_hf.ops import ExactRows, LayerView
+from rq_hf.ops.encode import encode
 from rq_hf.quant.measurement import StatisticsSettings, measure
 from rq_hf.quant.precision import no_autocast
 from rq_hf.quant.preconditioning import Preconditioner
@@ -19,8 +22,6 @@ from rq_hf.quant.tiles import TileCodec
 from rq_hf.statistics import QueryStatistics
 from rq_hf.storage import LayerStore, RowBuffer
 from rq_hf.validation import check_finite
-
-_TILES_AT_ONCE = 64
 
 
 class PackedStates:
@@ -88,8 +89,15 @@ class PackedStates:
         full = total - total % store.tile_length
         return max(0, full - store.open_tokens)
 
+    def expired(self, total: int) -> int:
+        """Of a sequence's first `total` tokens, those that no query will read again: none here."""
+        return 0
+
     def pack(self, *new: Tensor) -> None:
-        """Packs the oldest of the exact tokens and `new` ones, as many as are to leave."""
+        """Packs the oldest of the exact tokens and `new` ones, as many as are to leave.
+
+        Those that have expired are dropped instead.
+        """
         leaving = self.leaving(new[0].shape[2] if new else 0)
         if leaving == 0:
             return
@@ -103,10 +111,17 @@ class PackedStates:
         rest = [x[:, :, store.sink_length :] for x in rows]
         key, value = (x[:, :, :leaving] for x in rest)
         check_finite(key, value, self.name)
+        end = store.dropped + store.packed_length
+        skipped = max(0, self.expired(end + rows[0].shape[2]) - end)
         with no_autocast(key.device):
             preconditioner = self.preconditioner or self._measure(rest, padding)
-            records, scales = self._encode(key, value, preconditioner)
-        store.push_tiles(records, scales, leaving)
+            tiles = None
+            if skipped < leaving:
+                tiles = self._encode(key, value, preconditioner, skipped)
+        if skipped:
+            store.skip(skipped)
+        if tiles is not None:
+            store.push_tiles(*tiles, leaving - skipped)
         store.replace_exact(
             *(torch.cat((s, x[:, :, leaving:]), 2) for s, x in zip(sinks, rest, strict=True))
         )
@@ -142,24 +157,21 @@ class PackedStates:
         )
 
     def _encode(
-        self, key: Tensor, value: Tensor, preconditioner: Preconditioner
+        self, key: Tensor, value: Tensor, preconditioner: Preconditioner, skipped: int
     ) -> tuple[Tensor, Tensor]:
-        """Packs tokens `[B, Hk, n, D]` behind those of an open tile."""
+        """Packs tokens `[B, Hk, n, D]`, but for the first `skipped`, behind those of an open tile.
+
+        Skipped tokens end where a tile does.
+        """
         store, codec = self._store, self._codec
-        kept = store.open_tokens
-        start = store.sink_length + store.packed_length - kept
+        key, value = key[:, :, skipped:], value[:, :, skipped:]
+        kept = 0 if skipped else store.open_tokens
+        start = store.dropped + store.sink_length + store.packed_length + skipped - kept
         missing = -(kept + key.shape[2]) % store.tile_length
         key, value = (
             F.pad(x, (0, 0, kept, missing)) if kept or missing else x for x in (key, value)
         )
-        parts = []
-        step = _TILES_AT_ONCE * store.tile_length
-        for at in range(0, key.shape[2], step):
-            span = slice(at, at + step)
-            keys = preconditioner.precondition_keys(key[:, :, span], start + at)
-            values = preconditioner.center_values(value[:, :, span])
-            parts.append(codec.encode(keys, values))
-        records, scales = (torch.cat(x, 2) for x in zip(*parts, strict=True))
+        records, scales = encode(codec, preconditioner, key, value, start, impl=self.config.impl)
         if kept:
             old_records, old_scales = store.tiles.view(store.tiles.length - 1)
             layout = codec.layout
@@ -171,19 +183,17 @@ class PackedStates:
         """Returns what attention reads: all stored tokens, and behind them `fresh` ones."""
         store = self._store
         records, scales = store.tiles.view()
-        index = torch.arange(store.length, device=records.device)
-        sink_index = index[: store.sinks]
-        if self.padding is not None:
-            sink_index = self.padding[:, None] + sink_index
+        padding = self.padding
+        if padding is not None and store.dropped:
+            padding = (padding - store.dropped).clamp_min(0)
         recent_start = store.sinks + store.packed_length
         sink_key, sink_value = store.exact.view(0, store.sinks)
         tail_key, tail_value = store.exact.view(store.sinks)
-        recent = [ExactRows(tail_key, tail_value, index[recent_start:])]
+        recent = [ExactRows(tail_key, tail_value, recent_start)]
         if fresh:
-            new = torch.arange(fresh[0].shape[2], device=records.device) + store.length
-            recent.append(ExactRows(fresh[0], fresh[1], new))
+            recent.append(ExactRows(fresh[0], fresh[1], store.length))
         return LayerView(
-            sinks=ExactRows(sink_key, sink_value, sink_index),
+            sinks=ExactRows(sink_key, sink_value, 0, self.padding),
             packed_start=store.sinks,
             packed_length=store.packed_length,
             records=records,
@@ -191,7 +201,8 @@ class PackedStates:
             codec=self._codec,
             preconditioner=self.preconditioner,
             recent=tuple(rows for rows in recent if rows.keys.shape[2]),
-            padding=self.padding,
+            padding=padding,
+            offset=store.dropped,
         )
 
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
@@ -210,21 +221,27 @@ class PackedStates:
 
 
 def make_codec(config: RotorQuantConfig, head_dim: int) -> TileCodec:
-    """Returns the codec that `config` asks for. All layers share its rotations."""
-    assert config.key_bits is not None and config.value_bits is not None
-    return TileCodec(
-        head_dim,
-        key_bits=config.key_bits,
-        value_bits=config.value_bits,
-        key_codec=config.key_codec,
-        rotation=config.rotation,
-        codebook=config.codebook,
-        scale=config.scale,
-        sketch=config.sketch,
-        sketch_size=config.sketch_size,
-        estimator=config.estimator,
-        seed=config.seed,
-    )
+    """Returns the codec that `config` asks for: one object for all layers and caches."""
+    return _make_codec(head_dim, *(getattr(config, name) for name in _CODEC_FIELDS))
+
+
+_CODEC_FIELDS = (
+    "key_bits",
+    "value_bits",
+    "key_codec",
+    "rotation",
+    "codebook",
+    "scale",
+    "sketch",
+    "sketch_size",
+    "estimator",
+    "seed",
+)
+
+
+@lru_cache(maxsize=64)
+def _make_codec(head_dim: int, *fields: Any) -> TileCodec:
+    return TileCodec(head_dim, **dict(zip(_CODEC_FIELDS, fields, strict=True)))
 
 
 def _empty_store(config: RotorQuantConfig, codec: TileCodec, like: Tensor) -> LayerStore:

@@ -9,12 +9,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rq_hf.ops import LayerView, attend, reference
+from rq_hf.ops import LayerView, attend, chooses_triton, reference
 from rq_hf.statistics import padding_of_mask, padding_of_weights
 
 if TYPE_CHECKING:
     from rq_hf.handle import Role
     from rq_hf.layers import RotorQuantLayer
+
+
+# so many queries of a sequence the kernels take at a time
+_FEW_QUERIES = 32
 
 
 class ViewSource:
@@ -72,7 +76,8 @@ class ViewSource:
         door: str,
     ) -> Tensor:
         """Returns attention from the packed store, and counts the call under `door`."""
-        self.count(door)
+        impl = self._choose(query)
+        self.count(f"{door} by kernels" if impl == "triton" else door)
         if self.observed:
             before = self.view.length - self.new_tokens
             fits = mask is not None and mask.shape[2] == self.new_tokens
@@ -86,7 +91,15 @@ class ViewSource:
             causal=causal,
             softcap=softcap,
             sinks=sinks,
+            impl=impl,
         )
+
+    def _choose(self, query: Tensor) -> str:
+        """Returns "triton" or "reference": many queries are matrix products, which torch has."""
+        wanted = self.layer.config.impl
+        if query.shape[2] > _FEW_QUERIES:
+            wanted = "reference"
+        return "triton" if chooses_triton(query, self.view, wanted) else "reference"
 
     def scores(self, query: Tensor) -> Tensor | None:
         if _wants_gradient(query):

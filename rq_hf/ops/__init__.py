@@ -6,7 +6,7 @@ sequence, T tokens of a tile, D head_dim, M rows of the sketch, W words of a rec
 scales.
 """
 
-from rq_hf.ops.attend import attend
+from rq_hf.ops.attend import attend, chooses_triton
 from rq_hf.ops.view import ExactRows, LayerView
 
-__all__ = ["ExactRows", "LayerView", "attend"]
+__all__ = ["ExactRows", "LayerView", "attend", "chooses_triton"]

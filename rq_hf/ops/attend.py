@@ -40,10 +40,15 @@ def attend(
     """
     _check(query, view, mask, sinks)
     run = reference.attend
-    if use_triton(impl, obstacle(query, view)):
+    if chooses_triton(query, view, impl):
         from rq_hf.ops.triton.attend import attend as run
     with no_autocast(query.device):
         return run(query, view, scale=scale, mask=mask, causal=causal, softcap=softcap, sinks=sinks)
+
+
+def chooses_triton(query: Tensor, view: LayerView, impl: str = "auto") -> bool:
+    """Tells whether `attend` would run kernels; raises as `attend` would."""
+    return use_triton(impl, obstacle(query, view), query.device)
 
 
 def obstacle(query: Tensor, view: LayerView) -> str | None:

@@ -12,12 +12,13 @@ import torch
 IMPLS = ("auto", "reference", "triton")
 
 
-def use_triton(impl: str, why_not: str | None) -> bool:
+def use_triton(impl: str, why_not: str | None, device: torch.device) -> bool:
     """Tells whether the kernels run.
 
     Args:
-        impl: "auto" (kernels where they can run), "reference" (plain torch) or "triton".
+        impl: "auto" (kernels on a GPU where they can run), "reference" (plain torch) or "triton".
         why_not: Why the kernels cannot run on these inputs; None if they can.
+        device: Where the inputs are.
 
     Raises:
         ValueError: Unknown `impl`, or kernels were asked for and cannot run.
@@ -26,7 +27,9 @@ def use_triton(impl: str, why_not: str | None) -> bool:
         raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
     if impl == "triton" and why_not is not None:
         raise ValueError(f"impl='triton' cannot run: {why_not}; use impl='reference' or 'auto'")
-    return impl != "reference" and why_not is None
+    # on a CPU kernels are interpreted: for tests that ask for it
+    wanted = impl == "triton" or (impl == "auto" and device.type == "cuda")
+    return wanted and why_not is None
 
 
 def device_obstacle(device: torch.device) -> str | None:

@@ -47,7 +47,7 @@ def attend(
     if sinks is not None:
         logits = sinks.to(dtype).reshape(1, kv_heads, -1, 1)
         state.add_logit(logits.expand(q.shape[:-1]))
-    for rows, hidden_before in _exact_rows(view):
+    for rows, hidden_before in _exact_rows(view, q):
         scores = grouped_product(q, rows.keys.to(dtype).transpose(2, 3))
         scores = hide.apply(_cap(scores, softcap), rows.index, hidden_before)
         state.add(scores, rows.values.to(dtype), EXACT)
@@ -104,10 +104,15 @@ def mix(weights: Tensor, view: LayerView) -> Tensor:
     return (exact + _restore_values(summed, share, view)).flatten(1, 2)
 
 
-def _exact_rows(view: LayerView) -> Iterator[tuple[ExactRows, Tensor | None]]:
-    yield view.sinks, None
-    for rows in view.recent:
-        yield rows, view.hidden_before
+def _exact_rows(view: LayerView, q: Tensor) -> Iterator[tuple[ExactRows, Tensor | None]]:
+    """Yields exact rows, so many at a time that their scores fit the working memory."""
+    batch, heads, group, queries = q.shape[:4]
+    step = max(1, _NUMBERS_AT_ONCE // (batch * heads * group * queries))
+    for rows in view.sinks.spans(step):
+        yield rows, None
+    for piece in view.recent:
+        for rows in piece.spans(step):
+            yield rows, view.hidden_before
 
 
 def _cap(scores: Tensor, softcap: float | None) -> Tensor:

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from rq_hf.ops.decode import decode
 from rq_hf.quant.preconditioning import Preconditioner
 from rq_hf.quant.tiles import TileCodec
 
@@ -19,13 +21,28 @@ class ExactRows:
     Attributes:
         keys: `[B, Hk, n, D]`, the model's dtype.
         values: Same shape and dtype.
-        index: Places of the rows in the sequence, int64 `[n]`, or `[B, n]` where they differ by
-            sequence.
+        first: Place of the first row in the sequence; the others follow.
+        shift: What is added to the places in each sequence, int64 `[B]`; None for nothing.
     """
 
     keys: Tensor
     values: Tensor
-    index: Tensor
+    first: int = 0
+    shift: Tensor | None = None
+
+    @property
+    def index(self) -> Tensor:
+        """Places of the rows in the sequence, int64 `[n]`, or `[B, n]` with a shift."""
+        stop = self.first + self.keys.shape[2]
+        index = torch.arange(self.first, stop, device=self.keys.device)
+        return index if self.shift is None else self.shift[:, None] + index
+
+    def spans(self, length: int) -> Iterator[ExactRows]:
+        """Yields the rows in pieces of at most `length`."""
+        for start in range(0, self.keys.shape[2], length):
+            rows = slice(start, start + length)
+            keys, values = self.keys[:, :, rows], self.values[:, :, rows]
+            yield ExactRows(keys, values, self.first + start, self.shift)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +95,8 @@ class LayerView:
         """Returns keys and values of the tokens in tiles `start` to `stop`, `[B, Hk, n, D]`."""
         length = self.codec.layout.tile_length
         count = min(stop * length, self.packed_length) - start * length
-        states = self.codec.decode(self.records[:, :, start:stop], self.scales[:, :, start:stop])
+        records, scales = self.records[:, :, start:stop], self.scales[:, :, start:stop]
+        states = decode(self.codec, records, scales, dtype=torch.float32, rotated=False)
         key, value = (x[:, :, :count] for x in states)
         if self.preconditioner is not None:
             at = self.offset + self.packed_start + start * length

@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from rq_hf.quant.preconditioning import SPAN, Preconditioner
 from rq_hf.quant.rope import RopeTable
@@ -17,6 +16,8 @@ from rq_hf.quant.rope import RopeTable
 KEY_MEANS = ("auto", "pre_rope", "post_rope", "none")
 MIN_TOKENS = 16  # statistics of fewer say more about the tokens than about the head
 MIN_SAVING = 0.01  # part of the energy that a mean has to remove to be worth its upkeep
+# numbers in float32 at a time, beside the cache; whole spans of a short sequence at least
+_NUMBERS_AT_ONCE = 1 << 23
 _POWER_FLOOR = 1e-8  # of the average channel: a dead channel must not blow up a ratio
 
 
@@ -64,9 +65,10 @@ def measure(
 ) -> Preconditioner:
     """Measures the statistics of these keys and values.
 
-    Each sequence is measured by itself, and to the bit as if it were alone and without its padding:
-    sums run over a binary tree of token indices in which padding counts zero. (The one exception:
-    a `rope` of unknown convention is tried both ways, and the batch decides as a whole.)
+    Each sequence is measured by itself, as if it were alone and without its padding, which counts
+    zero. Sums are float64: the order that torch takes them in, which depends on the shape, is far
+    below what the float32 result keeps. (The one exception: a `rope` of unknown convention is tried
+    both ways, and the batch decides as a whole.)
 
     Args:
         keys: Keys as cached `[B, Hk, n, D]`, any floating dtype.
@@ -122,16 +124,16 @@ class _Rows:
 
     def mean(self, x: Tensor, term: Callable[[Tensor, int], Tensor] | None = None) -> Tensor:
         """Mean over valid tokens of `term(rows, index of the first)`, float64 `[B, Hk, D]`."""
-        parts = []
-        for a, b in _aligned_spans(self.start, self.start + self.count):
-            rows = slice(a - self.start, b - self.start)
+        total = torch.zeros(1, dtype=torch.float64, device=x.device)
+        step = max(SPAN, _NUMBERS_AT_ONCE // (x.shape[0] * x.shape[1] * x.shape[3]))
+        for a in range(0, self.count, step):
+            rows = slice(a, min(a + step, self.count))
             part = x[:, :, rows].float()
-            part = part if term is None else term(part, a)
+            part = part if term is None else term(part, self.start + a)
             if self.valid is not None:
                 # not a product: padding may hold NaN
                 part = part.masked_fill(~self.valid[:, None, rows, None], 0)
-            parts.append(_tree_sum(part, a))
-        total = _tree_sum(torch.stack(parts, dim=-2).double(), self.start // SPAN)
+            total = total + part.sum(-2, dtype=torch.float64)
         return total / self.tokens.clamp_min(1)
 
 
@@ -208,31 +210,7 @@ def _energy(mean: Tensor) -> Tensor:
 
 
 def _channel_sum(x: Tensor) -> Tensor:
-    return _tree_sum(x[..., None], 0)
-
-
-def _tree_sum(rows: Tensor, first: int) -> Tensor:
-    """Sums `[..., n, D]` over n along the binary tree of the indices `first`, `first + 1`, ...
-
-    Torch picks the order of its own sums by shape. Here it depends on the indices alone, so rows
-    of zeros before, behind or in another sequence do not even change a rounding. The error is that
-    of log2(n) additions.
-    """
-    while rows.shape[-2] > 1:
-        odd_start, odd_end = first % 2, (first + rows.shape[-2]) % 2
-        if odd_start or odd_end:
-            rows = functional.pad(rows, (0, 0, odd_start, odd_end))
-        rows = rows[..., 0::2, :] + rows[..., 1::2, :]
-        first //= 2
-    return rows[..., 0, :]
-
-
-def _aligned_spans(start: int, end: int) -> Iterator[tuple[int, int]]:
-    """Cuts `start .. end` at multiples of `SPAN`, which is a subtree of `_tree_sum`."""
-    while start < end:
-        stop = min(start - start % SPAN + SPAN, end)
-        yield start, stop
-        start = stop
+    return x.sum(-1, keepdim=True)
 
 
 def _check_shapes(

@@ -57,6 +57,11 @@ class RopeTable:
             return (self,)
         return tuple(replace(self, interleaved=choice) for choice in (False, True))
 
+    @cached_property
+    def digest(self) -> tuple[bytes, bool | None]:
+        """What tells tables apart: equal for tables that turn alike."""
+        return self.inv_freq.double().cpu().numpy().tobytes(), self.interleaved
+
     def cos_sin(
         self, start: int, count: int, device: torch.device | str = "cpu"
     ) -> tuple[Tensor, Tensor]:

@@ -224,5 +224,9 @@ class TileCodec:
         if tuple(scales.shape) != expected:
             raise ValueError(f"scales must be {list(expected)}, got {list(scales.shape)}")
 
+    def __deepcopy__(self, memo: object) -> "TileCodec":
+        # nothing in it changes: copies of a cache share it
+        return self
+
     def __repr__(self) -> str:
         return f"TileCodec(key={self.key_quantizer!r}, value={self.value_quantizer!r})"

@@ -61,7 +61,8 @@ class Turns(NamedTuple):
 
     tile_cos, tile_sin: To the first row of each tile, [n, D / 2].
     row_cos, row_sin: From there to each row, [T, D / 2].
-    pairs: Dimensions of the pairs, int32 [2, D / 2], or None for (i, D / 2 + i).
+    pairs: Dimensions of the pairs, int32 [2, D / 2].
+    halves: Constant: whether the pairs are (i, D / 2 + i).
     """
 
     tile_cos: Any
@@ -69,6 +70,7 @@ class Turns(NamedTuple):
     row_cos: Any
     row_sin: Any
     pairs: Any
+    halves: Any
 
 
 class Matrix(NamedTuple):
@@ -116,17 +118,19 @@ class SketchPlan(NamedTuple):
     """A sketch of the keys' residuals.
 
     forward: Transposed sketch [D padded, M padded].
-    back: The sketch [M padded, D padded], None where `energy` is known.
+    back: The sketch [M padded, D padded].
     size, padded: Constant: M, and that as a multiple of 32.
     mmse: Constant: whether weights are those of least squares.
+    one_energy: Constant: whether |S^T s|^2 is the same for all s.
     weight: The unbiased weight of a unit residual.
-    energy: |S^T s|^2 of every s.
+    energy: |S^T s|^2, if it is the same for all s.
     """
 
     forward: Matrix
-    back: Matrix | None
+    back: Matrix
     size: Any
     padded: Any
     mmse: Any
+    one_energy: Any
     weight: float
     energy: float

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention of a few query rows to packed tiles in plain order (Triton): any head_dim, 1-8 bits.
 
-The formula is that of `attend_tiles`. Levels are looked up in memory and products are float32, which
-is slower; it serves the sizes that tensor-core operands do not fit.
+The formula is that of `attend_tiles`. Levels are looked up in memory and products are float32,
+which is slower; it serves the sizes that tensor-core operands do not fit.
 """
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from rq_hf.ops.triton.prepare import LOWEST, row_of, visible
 
@@ -26,7 +27,11 @@ def codes(RECORD, group, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.co
     return result
 
 
-@triton.jit
+# numbers that change from step to step: a kernel compiled anew for some would stall generation
+COUNTS = ("tokens", "splits", "parts", "first_token", "last_seen", "kv_heads", "group", "queries")
+
+
+@triton.jit(do_not_specialize=COUNTS)
 def attend_plain(
     RECORDS,
     SCALES,
@@ -70,12 +75,16 @@ def attend_plain(
     CAUSAL: tl.constexpr,
     MASKED: tl.constexpr,
     CAPPED: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     """Writes the partial result of one split for a block of H rows; arguments as `attend_tiles`.
 
     ROWS holds the rotated (and sketched) rows, float32 [units, 1 or 2, H, D]; LOCAL the cosines and
-    sines of 0 .. T - 1 positions, float32 [T, 2, PAIRS].
+    sines of positions from a tile's centre, float32 [T, 2, PAIRS], ANGLES those of the centres.
     """
+    if CHAINED:
+        gdc_launch_dependents()
+        gdc_wait()
     split = tl.program_id(0)
     unit = tl.program_id(1)
     batch, kv_head, in_group, query, exists = row_of(unit, kv_heads, group, queries, H)
@@ -123,7 +132,9 @@ def attend_plain(
         scores = tl.dot(rows, tl.trans(keys), input_precision="tf32x3")
         scores *= tl.load(scale_at).to(tl.float32)[None, :]
         if SKETCH:
-            signs = 1.0 - 2.0 * codes(record + KEY_WORDS + VALUE_WORDS, part, D, DP, 1).to(tl.float32)
+            signs = 1.0 - 2.0 * codes(record + KEY_WORDS + VALUE_WORDS, part, D, DP, 1).to(
+                tl.float32
+            )
             signed = tl.dot(sketched, tl.trans(signs), input_precision="tf32x3")
             scores += signed * tl.load(scale_at + 2 * T).to(tl.float32)[None, :]
         if PAIRS > 0:
@@ -131,7 +142,9 @@ def attend_plain(
             sin = tl.load(ANGLES + tile * (2 * PAIRS) + PAIRS + p)[None, :]
             local = LOCAL + token[None, :] * (2 * PAIRS) + p[:, None]
             turned = tl.dot(a * cos + b * sin, tl.load(local), input_precision="tf32x3")
-            scores += tl.dot(b * cos - a * sin, tl.load(local + PAIRS), turned, input_precision="tf32x3")
+            scores += tl.dot(
+                b * cos - a * sin, tl.load(local + PAIRS), turned, input_precision="tf32x3"
+            )
         scores += constant[:, None]
         if CAPPED:
             scores = cap - (2 * cap) / (tl.exp2(scores) + 1)

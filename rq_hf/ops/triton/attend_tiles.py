@@ -4,7 +4,7 @@
 For the packed tokens n of a split, with rotated integer levels k_n and z_n, scales a_n and b_n:
 
     score_n = a_n <q', k_n> (+ w_n <S q', signs_n>) + q . RoPE_n(pre_mean) + q . post_mean
-    partial = (max, sum of weights, sum_n weight_n b_n z_n)          with weights exp2(score_n - max)
+    partial = (max, sum of weights, sum_n weight_n b_n z_n)         with weights exp2(score_n - max)
 
 Products with levels are exact: queries, and weights times scales, are 16-bit integers, split into
 two int8 columns (high and low byte) of one tensor-core product. Codes never touch shared memory.
@@ -14,6 +14,7 @@ Padding columns cost nothing: a product has at least 8 columns, for 4 rows of qu
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from rq_hf.ops.triton.operands import operands, operands_1
 
@@ -31,7 +32,7 @@ def load_words(
 
 @gluon.jit
 def stack_halves(lower, upper, ROWS: gl.constexpr, COLUMNS: gl.constexpr, M: gl.constexpr):
-    """[ROWS, COLUMNS] twice -> [2 ROWS, COLUMNS]: tokens of a tile whose halves lie side by side."""
+    """[ROWS, COLUMNS] twice -> [2 ROWS, COLUMNS]: tokens of a tile with halves side by side."""
     stacked = gl.permute(gl.join(lower, upper), [2, 0, 1])
     return gl.convert_layout(gl.reshape(stacked, [2 * ROWS, COLUMNS]), M)
 
@@ -61,54 +62,92 @@ def high_low(products, ROWS: gl.constexpr, H: gl.constexpr):
 
 @gluon.jit
 def mean_products(
-    ROPE, ANGLES, COEF, tile, T: gl.constexpr, H: gl.constexpr, PAIRS: gl.constexpr, M: gl.constexpr
+    ROPE,
+    ANGLES,
+    COEF,
+    BASIS,
+    tile,
+    T: gl.constexpr,
+    H: gl.constexpr,
+    PAIRS: gl.constexpr,
+    HALVES: gl.constexpr,
+    SLOW: gl.constexpr,
+    M: gl.constexpr,
 ):
     """q . RoPE_n(pre_mean), [T, 2H] float32 in high and low parts, for the tokens of a tile.
 
-    With (a, b) the coefficients of cos and sin of a query row, turned by the tile's first position,
-    these are products with one table of the cosines and sines of 0 .. T - 1 positions.
+    Products with one table for all tiles, see `tables.RopeOperands`: the coefficients of a row are
+    turned to the tile's centre before.
 
     Args:
-        ROPE: float16 table in operand order, `tables.RopeOperands`.
-        ANGLES: float32 [tiles, 2, PAIRS], cos and sin at the tiles' first positions.
-        COEF: float32 [2, H, PAIRS], a and b of the rows.
+        ROPE: float16 table in operand order.
+        ANGLES: float32 [tiles, 2, PAIRS], cos and sin at the tiles' centres.
+        COEF: float32 [2, H, PAIRS], coefficients of cos and of sin of the rows.
+        BASIS: float32 [H, 8], coefficients of the Chebyshev polynomials in this tile.
     """
     TABLE: gl.constexpr = gl.DotOperandLayout(0, M, 2)
     ROWS: gl.constexpr = gl.DotOperandLayout(1, M, 2)
-    L: gl.constexpr = gl.BlockedLayout([1, 1, 4], [8, 4, 1], [1, 1, 1], [2, 1, 0])
+    L: gl.constexpr = gl.BlockedLayout([1, 1], [8, 4], [1, 1], [1, 0])
+    LB: gl.constexpr = gl.BlockedLayout([1, 1, 2], [8, 4, 1], [1, 1, 1], [2, 1, 0])
     LT: gl.constexpr = gl.BlockedLayout([1, 8], [32, 1], [1, 1], [1, 0])
-    column = gl.arange(0, 2 * H, layout=gl.SliceLayout(1, gl.SliceLayout(2, L)))[:, None, None]
-    lane = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(2, L)))[None, :, None]
-    place = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, L)))[None, None, :]
-    pair = lane * (PAIRS // 4) + place
+    column = gl.arange(0, 2 * H, layout=gl.SliceLayout(1, L))[:, None]
+    pair = gl.arange(0, 4, layout=gl.SliceLayout(0, L))[None, :]
     coef = COEF + (column // 2) * PAIRS + pair
     angle = ANGLES + tile * (2 * PAIRS) + pair + column * 0
     low = column % 2 == 1
-    words: gl.constexpr = T * 16 // 8
+    WORDS: gl.constexpr = T * 16 // 8
     offset = (
-        gl.arange(0, words, layout=gl.SliceLayout(1, LT))[:, None] * 8
+        gl.arange(0, WORDS, layout=gl.SliceLayout(1, LT))[:, None] * 8
         + gl.arange(0, 8, layout=gl.SliceLayout(0, LT))[None, :]
     )
     sums = gl.full([T, 2 * H], 0.0, gl.float32, layout=M)
-    for block in gl.static_range(PAIRS // 16):
-        a = gl.load(coef + block * 4)
-        b = gl.load(coef + H * PAIRS + block * 4)
-        cos = gl.load(angle + block * 4)
-        sin = gl.load(angle + PAIRS + block * 4)
-        even = rope_rows(a * cos + b * sin, low, H, ROWS)
-        odd = rope_rows(b * cos - a * sin, low, H, ROWS)
-        sums = mma_v2(rope_table(ROPE, offset, 2 * block, T, TABLE), even, sums)
-        sums = mma_v2(rope_table(ROPE, offset, 2 * block + 1, T, TABLE), odd, sums)
+    for block in gl.static_range((HALVES + 1) // 2):
+        first = fast_half(coef, angle, low, 2 * block, H, PAIRS, LB)
+        if 2 * block + 1 < HALVES:
+            second = fast_half(coef, angle, low, 2 * block + 1, H, PAIRS, LB)
+        else:
+            second = slow_half(BASIS, H, LB)
+        rows = operand_rows(first, second, H, ROWS)
+        sums = mma_v2(rope_table(ROPE, offset, block, T, TABLE), rows, sums)
     return sums
 
 
 @gluon.jit
-def rope_rows(turned, low, H: gl.constexpr, OPERAND: gl.constexpr):
-    """float32 [2H, 4, 4] coefficients -> float16 operand [16, 2H], high and low columns."""
-    high = turned.to(gl.float16)
-    rest = (turned - high.to(gl.float32)).to(gl.float16)
-    halves = gl.where(low, rest, high)
-    halves = gl.permute(gl.reshape(halves, [2 * H, 4, 2, 2]), [2, 1, 3, 0])  # hi t j | column
+def fast_half(
+    coef, angle, low, half: gl.constexpr, H: gl.constexpr, PAIRS: gl.constexpr, LB: gl.constexpr
+):
+    """Coefficients of four pairs turned to the tile, float16 [2H, 4, 2]."""
+    a = gl.load(coef + half * 4)
+    b = gl.load(coef + H * PAIRS + half * 4)
+    cos = gl.load(angle + half * 4)
+    sin = gl.load(angle + PAIRS + half * 4)
+    of_cos = one_part(a * cos + b * sin, low)
+    of_sin = one_part(b * cos - a * sin, low)
+    return gl.convert_layout(gl.join(of_cos, of_sin), LB)
+
+
+@gluon.jit
+def slow_half(BASIS, H: gl.constexpr, LB: gl.constexpr):
+    """Coefficients of the polynomials, float16 [2H, 4, 2]."""
+    column = gl.arange(0, 2 * H, layout=gl.SliceLayout(1, gl.SliceLayout(2, LB)))[:, None, None]
+    lane = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(2, LB)))[None, :, None]
+    place = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(1, LB)))[None, None, :]
+    terms = gl.load(BASIS + (column // 2) * 8 + lane * 2 + place)
+    return one_part(terms, column % 2 == 1)
+
+
+@gluon.jit
+def one_part(x, low):
+    """float16 part of x: the nearest number, or what that leaves (where `low`)."""
+    high = x.to(gl.float16)
+    rest = (x - high.to(gl.float32)).to(gl.float16)
+    return gl.where(low, rest, high)
+
+
+@gluon.jit
+def operand_rows(first, second, H: gl.constexpr, OPERAND: gl.constexpr):
+    """Two halves [2H, 4, 2] -> float16 operand [16, 2H]."""
+    halves = gl.permute(gl.join(first, second), [3, 1, 2, 0])  # hi t j | column
     return gl.convert_layout(gl.reshape(halves, [16, 2 * H]), OPERAND)
 
 
@@ -135,7 +174,11 @@ def load_rows(pointer, row, width: gl.constexpr, stride: gl.constexpr, B: gl.con
     return gl.load(pointer + row[None, :] * stride + place)
 
 
-@gluon.jit
+# numbers that change from step to step: a kernel compiled anew for some would stall generation
+COUNTS = ("tokens", "splits", "parts", "first_token", "last_seen", "kv_heads", "group", "queries")
+
+
+@gluon.jit(do_not_specialize=COUNTS)
 def attend_tiles(
     RECORDS,
     SCALES,
@@ -143,6 +186,7 @@ def attend_tiles(
     ROW_SCALES,
     COEF,
     CONSTANT,
+    BASIS,
     ROPE,
     ANGLES,
     PADDING,
@@ -183,10 +227,13 @@ def attend_tiles(
     SKETCH: gl.constexpr,
     H: gl.constexpr,
     PAIRS: gl.constexpr,
+    HALVES: gl.constexpr,
+    SLOW: gl.constexpr,
     PADDED: gl.constexpr,
     CAUSAL: gl.constexpr,
     MASKED: gl.constexpr,
     CAPPED: gl.constexpr,
+    CHAINED: gl.constexpr,
 ):
     """Writes the partial result of one split for a block of H query rows of one KV head.
 
@@ -197,6 +244,7 @@ def attend_tiles(
         ROW_SCALES: float32 [B Hk, blocks, 1 or 2, H]: steps of these integers.
         COEF: float32 [B Hk, blocks, 2, H, PAIRS], see `mean_products`.
         CONSTANT: float32 [B Hk, blocks, H], added to all scores of a row.
+        BASIS: float32 [B Hk, blocks, tiles, H, 8], see `mean_products`.
         PADDING: int64 [B]; that many first packed tokens are hidden.
         MASK: bool (MASKED = 1) or float (2) [B, Hq, L, N] with the strides `mask_...`.
         PARTIAL: float32 [B Hk, blocks, parts, H, D].
@@ -207,7 +255,10 @@ def attend_tiles(
         key_step, value_step: Steps of the integer levels.
         cap: Softcap times log2(e); rows are then prepared for tanh (CAPPED).
         k0_ .. v3_: Tables of levels, four bytes each.
+        CHAINED: Started while `prepare` still runs (programmatic dependent launch).
     """
+    if CHAINED:
+        gdc_launch_dependents()
     M: gl.constexpr = gl.NVMMADistributedLayout(
         version=[2, 0], warps_per_cta=[1, 1], instr_shape=[16, 8]
     )
@@ -256,6 +307,26 @@ def attend_tiles(
         pad = gl.load(PADDING + batch).to(gl.int32)
         start = gl.maximum(start, pad // T)
 
+    line = gl.arange(0, KEY_LOAD // 4, layout=gl.SliceLayout(1, LOAD))[:, None] * 4
+    word = gl.arange(0, 4, layout=gl.SliceLayout(0, LOAD))[None, :]
+    key_at = line + word
+    value_line = gl.arange(0, VALUE_LOAD // 4, layout=gl.SliceLayout(1, LOAD))[:, None] * 4
+    value_at = value_line + word + KEY_WORDS
+    sign_line = gl.arange(0, SIGN_LOAD // 4, layout=gl.SliceLayout(1, LOAD))[:, None] * 4
+    sign_at = sign_line + word + (KEY_WORDS + VALUE_WORDS)
+    records = RECORDS + batch * record_batch + kv_head * record_head
+    scales = SCALES + batch * scale_batch + kv_head * scale_head
+
+    # words of the next tile are loaded as soon as those of this one are used
+    here = records + gl.minimum(start, tiles - 1).to(gl.int64) * RECORD
+    if not WIDE:
+        k0w, k1w, k2w = load_words(here, key_at, KEY_LOAD, KEY_BITS)
+        v0w, v1w, v2w = load_words(here, value_at, VALUE_PLANE, VALUE_BITS)
+        if SKETCH:
+            sw = gl.load(here + sign_at)
+    if CHAINED:
+        gdc_wait()
+
     column = gl.arange(0, 2 * H, layout=gl.SliceLayout(0, B))
     rows8 = ROWS8 + unit * (SIDES * 2 * H * D)
     q0 = load_rows(rows8, column, KEY_WIDTH, D, B)
@@ -283,16 +354,6 @@ def attend_tiles(
             z5 = load_rows(signs8 + 160, column, 32, D, B)
             z6 = load_rows(signs8 + 192, column, 32, D, B)
             z7 = load_rows(signs8 + 224, column, 32, D, B)
-
-    line = gl.arange(0, KEY_LOAD // 4, layout=gl.SliceLayout(1, LOAD))[:, None] * 4
-    word = gl.arange(0, 4, layout=gl.SliceLayout(0, LOAD))[None, :]
-    key_at = line + word
-    value_line = gl.arange(0, VALUE_LOAD // 4, layout=gl.SliceLayout(1, LOAD))[:, None] * 4
-    value_at = value_line + word + KEY_WORDS
-    sign_line = gl.arange(0, SIGN_LOAD // 4, layout=gl.SliceLayout(1, LOAD))[:, None] * 4
-    sign_at = sign_line + word + (KEY_WORDS + VALUE_WORDS)
-    records = RECORDS + batch * record_batch + kv_head * record_head
-    scales = SCALES + batch * scale_batch + kv_head * scale_head
 
     zero_scores = gl.full([T, 2 * H], 0, gl.int32, layout=M)
     zero_values = gl.full([VALUE_ROWS, 2 * H], 0, gl.int32, layout=M)
@@ -334,13 +395,6 @@ def attend_tiles(
     out0 = gl.full([VALUE_ROWS, H], 0.0, gl.float32, layout=O)
     out1 = out0
 
-    # words of the next tile are loaded as soon as those of this one are used
-    here = records + gl.minimum(start, tiles - 1).to(gl.int64) * RECORD
-    if not WIDE:
-        k0w, k1w, k2w = load_words(here, key_at, KEY_LOAD, KEY_BITS)
-        v0w, v1w, v2w = load_words(here, value_at, VALUE_PLANE, VALUE_BITS)
-        if SKETCH:
-            sw = gl.load(here + sign_at)
     for tile in range(start, stop):
         here = records + tile.to(gl.int64) * RECORD
         after = records + gl.minimum(tile + 1, stop - 1).to(gl.int64) * RECORD
@@ -360,9 +414,7 @@ def attend_tiles(
             c0, c1, c2, c3 = operands(
                 k0w, k1w, k2w, k0_, k1_, k2_, k3_, KEY_ROWS, KEY_WIDTH, KEY_BITS, A
             )
-            products = block_products(
-                c0, c1, c2, c3, q4, q5, q6, q7, products, KEY_FOUR, JOINED, M
-            )
+            products = block_products(c0, c1, c2, c3, q4, q5, q6, q7, products, KEY_FOUR, JOINED, M)
         else:
             k0w, k1w, k2w = load_words(after, key_at, KEY_LOAD, KEY_BITS)
         score = high_low(products, T, H) * (key_scale[:, None] * row_scale[None, :])
@@ -394,9 +446,9 @@ def attend_tiles(
             score += high_low(signed, T, H) * (sign_scale_of[:, None] * sign_scale[None, :])
         if PAIRS > 0:
             coef = COEF + unit * (2 * H * PAIRS)
-            high, low = gl.split(
-                gl.reshape(mean_products(ROPE, ANGLES, coef, tile, T, H, PAIRS, M), [T, H, 2])
-            )
+            basis = BASIS + (unit * tiles + tile) * (H * 8)
+            of_mean = mean_products(ROPE, ANGLES, coef, basis, tile, T, H, PAIRS, HALVES, SLOW, M)
+            high, low = gl.split(gl.reshape(of_mean, [T, H, 2]))
             score += high + low
         score += constant[None, :]
         if CAPPED:
@@ -457,9 +509,7 @@ def attend_tiles(
         c0, c1, c2, c3 = operands(
             v0w, v1w, v2w, v0_, v1_, v2_, v3_, VALUE_ROWS, VALUE_WIDTH, VALUE_BITS, A
         )
-        summed = block_products(
-            c0, c1, c2, c3, p0, p1, p2, p3, start_values, VALUE_FOUR, False, M
-        )
+        summed = block_products(c0, c1, c2, c3, p0, p1, p2, p3, start_values, VALUE_FOUR, False, M)
         out0 = out0 * shrink_out[None, :] + high_low(summed, VALUE_ROWS, H) * step[None, :]
         if WIDE:
             v0w, v1w, v2w = load_words(here + VALUE_LOAD, value_at, VALUE_PLANE, VALUE_BITS)

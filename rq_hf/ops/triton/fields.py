@@ -40,9 +40,7 @@ def join_operands(codes, first, BITS: tl.constexpr, OPERANDS: tl.constexpr):
 
 
 @triton.jit
-def store_columns(
-    words_ptr, fields, row, BITS: tl.constexpr, ROWS: tl.constexpr, FIRST_BLOCK=0
-):
+def store_columns(words_ptr, fields, row, BITS: tl.constexpr, ROWS: tl.constexpr, FIRST_BLOCK=0):
     """Stores joined operands [R, blocks, rest], packed along columns, of the rows `row` [R].
 
     The last 16 columns count j1, t, j0: codes of a word then lie in one thread of a matrix
@@ -74,9 +72,7 @@ def store_columns(
 
 
 @triton.jit
-def chunk_of(
-    row, block, x, ks, ROWS: tl.constexpr, BITS: tl.constexpr, COLUMN_STEPS: tl.constexpr
-):
+def chunk_of(row, block, x, ks, ROWS: tl.constexpr, BITS: tl.constexpr, COLUMN_STEPS: tl.constexpr):
     """Number of a chunk of 128 words; `COLUMN_STEPS` counts the values of (ks, kk)."""
     if BITS % 2 == 1:
         return (BITS * block + x) * (ROWS // 32) + row // 32
@@ -87,10 +83,8 @@ def chunk_of(
 @triton.jit
 def word_of(chunk, row, kk, BITS: tl.constexpr):
     """Number of the word of t = 0 in a record's part."""
-    if BITS % 2 == 1:
-        w = 2 * ((row // 16) % 2) + (row // 8) % 2
-    else:
-        w = 2 * ((row // 8) % 2) + kk
+    h = (row // 8) % 2
+    w = 2 * ((row // 16) % 2) + h if BITS % 2 == 1 else 2 * h + kk
     return 128 * chunk + 16 * (row % 8) + w
 
 
@@ -178,9 +172,7 @@ def _store_by_t(words_ptr, words, at):
 
 
 @triton.jit
-def store_plain(
-    words_ptr, codes, s, COLUMNS: tl.constexpr, BITS: tl.constexpr, first=0
-):
+def store_plain(words_ptr, codes, s, COLUMNS: tl.constexpr, BITS: tl.constexpr, first=0):
     """Stores codes [64, C] of the block `s` of tokens in plain order, columns `first` and on."""
     column = tl.arange(0, codes.shape[1]) + first
     bits = tl.reshape(codes, [2, 32, codes.shape[1]])

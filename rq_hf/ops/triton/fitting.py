@@ -29,9 +29,8 @@ def search_index(size, factor, book):
     """Index of the positive level that magnitudes are nearest to, edges times `factor`."""
     index = tl.zeros(size.shape, tl.int32)
     for k in tl.static_range(1, book.bits):
-        step: tl.constexpr = 2 ** (book.bits - 1 - k)
-        edge = tl.load(book.table + index + (step - 1))
-        index = tl.where(size > edge * factor, index + step, index)
+        edge = tl.load(book.table + index + (2 ** (book.bits - 1 - k) - 1))
+        index = tl.where(size > edge * factor, index + 2 ** (book.bits - 1 - k), index)
     return index
 
 

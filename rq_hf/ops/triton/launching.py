@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from triton import knobs
@@ -11,7 +13,9 @@ from triton import knobs
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
     """Context in which kernels are launched on `device`."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    if device.type != "cuda" or torch.cuda.current_device() == device.index:
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 def compute_dtype(device: torch.device, narrow: torch.dtype) -> torch.dtype:
@@ -19,13 +23,98 @@ def compute_dtype(device: torch.device, narrow: torch.dtype) -> torch.dtype:
     return torch.float32 if interpreting() else narrow
 
 
+@functools.cache
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter."""
     return bool(knobs.runtime.interpret)
 
 
+@functools.cache
 def processors(device: torch.device) -> int:
     """Multiprocessors of a GPU; 1 for a CPU."""
     if device.type != "cuda":
         return 1
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@functools.cache
+def chains(device: torch.device) -> bool:
+    """Whether a launch may start while the one before still runs (compute capability 9.0)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+# kernels that have run, by what they were compiled for
+_compiled: dict[tuple, Any] = {}
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, int],
+    args: tuple,
+    constants: dict[str, Any],
+    *,
+    num_warps: int,
+    chained: bool = False,
+) -> None:
+    """Launches a kernel on the current device and stream.
+
+    A kernel that has run for arguments of the same kind is launched as it was compiled. Triton's own
+    way inspects every argument anew, which takes longer than a small kernel.
+
+    Args:
+        kernel: A jitted function whose constants come last.
+        grid: Programs.
+        args: Tensors, integers and floats.
+        constants: Its constants, in the order of the function.
+        num_warps: Warps of a program.
+        chained: Start while the launch before still runs: the kernel waits for it by itself.
+    """
+    if interpreting():
+        kernel[grid](*args, **constants)
+        return
+    device = torch.cuda.current_device()
+    values, kinds = _inspect(args, _specialized(kernel))
+    key = (kernel.__name__, device, num_warps, chained, kinds, *constants.values())
+    compiled = _compiled.get(key)
+    if compiled is None:
+        options: dict[str, Any] = {"launch_pdl": True} if chained else {}
+        _compiled[key] = kernel[grid](*args, **constants, num_warps=num_warps, **options)
+        return
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    # the three None: metadata and hooks of profilers
+    compiled.run(
+        *grid,
+        1,
+        stream,
+        compiled.function,
+        compiled.packed_metadata,
+        None,
+        None,
+        None,
+        *values,
+        *constants.values(),
+    )
+
+
+@functools.cache
+def _specialized(kernel: Any) -> frozenset[int]:
+    """Places of the arguments whose values Triton looks at when it compiles."""
+    return frozenset(p.num for p in kernel.params if not p.do_not_specialize)
+
+
+def _inspect(args: tuple, specialized: frozenset[int]) -> tuple[list, tuple]:
+    """Returns arguments with addresses for tensors, and what a kernel is compiled for.
+
+    That is types, alignment of addresses, and divisibility of integers.
+    """
+    values, kinds = [], []
+    for place, argument in enumerate(args):
+        if isinstance(argument, torch.Tensor):
+            address = argument.data_ptr()
+            values.append(address)
+            kinds.append(argument.dtype if address % 16 == 0 else (argument.dtype, "unaligned"))
+            continue
+        values.append(argument)
+        if place in specialized and isinstance(argument, int):
+            kinds.append(1 if argument == 1 else (argument % 16 == 0, argument > 0x7FFFFFFF))
+    return values, tuple(kinds)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 import triton
@@ -13,11 +12,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rq_hf.ops.triton.arguments import Book, InputScales, Matrix, Shape, SketchPlan
+from rq_hf.ops.triton.means import Pairing
 from rq_hf.quant.codebooks import Codebook
 from rq_hf.quant.packing import TileLayout
 from rq_hf.quant.prod_quantizer import ProdQuantizer
 from rq_hf.quant.qjl import OrthogonalSketch, Sketch
-from rq_hf.quant.rope import RopeTable
 from rq_hf.quant.rotations import Rotation
 from rq_hf.quant.scale_fit import INPUT_SCALES
 
@@ -25,28 +24,6 @@ from rq_hf.quant.scale_fit import INPUT_SCALES
 _KEY_STEP, _VALUE_STEP = 32, 64
 # how far a number may be from one of 16 bits to count as one: far below float32's rounding
 _EXACT = 2.0**-40
-
-
-class Pairing(NamedTuple):
-    """Which dimensions RoPE turns together: `rotary_dim` leading ones, neighbours or halves."""
-
-    rotary_dim: int = 0
-    interleaved: bool = False
-
-    @classmethod
-    def of(cls, rope: RopeTable | None) -> Pairing:
-        """Returns the pairing of a table of known convention."""
-        return cls() if rope is None else cls(rope.rotary_dim, bool(rope.interleaved))
-
-    def dims(self, head_dim: int) -> Tensor:
-        """Dimensions of the firsts and seconds of all pairs, [2, D / 2]; what does not turn last."""
-        turned = torch.arange(self.rotary_dim)
-        turned = turned.view(-1, 2).T if self.interleaved else turned.view(2, -1)
-        return torch.cat((turned, torch.arange(self.rotary_dim, head_dim).view(2, -1)), 1)
-
-    def is_halves(self, head_dim: int) -> bool:
-        """Whether the pairs are (i, D / 2 + i)."""
-        return bool((self.dims(head_dim).flatten() == torch.arange(head_dim)).all())
 
 
 def shape_of(layout: TileLayout) -> Shape:
@@ -74,11 +51,11 @@ def plan_rotation(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Matrix:
-    """Returns the transposed matrix of a rotation, [2, D / 2 padded, D padded].
+    """Returns the transposed matrix of a rotation, [D padded, D padded].
 
     Args:
         rotation: The rotation.
-        pairing: Order of the rows; None for their own, [D padded, D padded].
+        pairing: Pairs that the rows are in, firsts before seconds; None for their own order.
         permuted: Whether columns are in the order of `accumulator_columns`.
         dtype: Type of the parts; float32 for one part.
         device: Where it is to lie.
@@ -86,11 +63,11 @@ def plan_rotation(
     size = rotation.head_dim
     padded = max(32, triton.next_power_of_2(size))
     exact = rotation.matrix("cpu", torch.float64).T
-    exact = exact[None] if pairing is None else exact[pairing.dims(size)]
+    if pairing is not None:
+        exact = exact[pairing.dims(size).T.flatten()]
     if permuted:
-        exact = exact[..., accumulator_columns(size)]
-    parts = exact.shape[0]
-    grown = F.pad(exact, (0, padded - size, 0, (padded - size) // parts))
+        exact = exact[:, accumulator_columns(size)]
+    grown = F.pad(exact, (0, padded - size, 0, padded - size))
     return _split(grown, dtype, device)
 
 
@@ -120,10 +97,11 @@ def plan_sketch(
     energy = _energy(sketch)
     return SketchPlan(
         forward=_split(grown, dtype, device),
-        back=None if energy is not None else _split(grown.T, dtype, device),
+        back=_split(grown.T, dtype, device),
         size=tl.constexpr(size),
         padded=tl.constexpr(padded),
         mmse=tl.constexpr(quantizer.estimator == "mmse"),
+        one_energy=tl.constexpr(energy is not None),
         weight=float(sketch.unbiased_weight),
         energy=energy or 0.0,
     )
@@ -159,16 +137,17 @@ def plan_book(codebook: Codebook, device: torch.device) -> Book:
     half = 2 ** (codebook.bits - 1)
     edges, levels = codebook.boundaries[half:], codebook.levels[half:]
     bits = tl.constexpr(codebook.bits)
+    table = torch.cat((edges, edges.new_zeros(1), levels)).to(device)
     if codebook.bits > 4:
-        table = torch.cat((edges, edges.new_zeros(1), levels)).to(device)
-        return Book(table, bits, None, None, None, tl.constexpr(1.0))
+        none = tl.constexpr(None)
+        return Book(table, bits, none, none, none, tl.constexpr(1.0))
     assert codebook.int_levels is not None and codebook.step is not None
     units = codebook.int_levels[half:].float()
     # small whole numbers leave the lowest bits of a float32 free
     codes = torch.arange(half, 2 * half, dtype=torch.int32)
     tagged = (units.view(torch.int32) | codes).view(torch.float32)
-    constants = (tl.constexpr(tuple(x.tolist())) for x in (edges, units, tagged))
-    return Book(None, bits, *constants, tl.constexpr(codebook.step))
+    edges, units, tagged = (tl.constexpr(tuple(x.tolist())) for x in (edges, units, tagged))
+    return Book(table, bits, edges, units, tagged, tl.constexpr(codebook.step))
 
 
 @lru_cache(maxsize=16)
@@ -176,3 +155,9 @@ def plan_input_scales(device: torch.device) -> InputScales:
     """Returns the input scales of "search"."""
     inverse = 1 / torch.tensor(INPUT_SCALES, dtype=torch.float64)
     return InputScales(inverse.float().to(device), tl.constexpr(len(INPUT_SCALES)))
+
+
+@lru_cache(maxsize=64)
+def plan_levels(codebook: Codebook, device: torch.device) -> Tensor:
+    """Returns the levels of a codebook, float32."""
+    return codebook.levels.to(device)

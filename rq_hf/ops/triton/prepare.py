@@ -8,6 +8,7 @@ exact rows each and write a partial result (`combine`).
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # what a maximum starts from: finite, so that differences are never inf - inf
@@ -27,6 +28,52 @@ def row_of(unit, kv_heads, group, queries, H: tl.constexpr):
 
 
 @triton.jit
+def multiply(x, MATRIX, D: tl.constexpr, DP: tl.constexpr, HAS_LOW: tl.constexpr):
+    """x [16, DP] times a matrix given as float16 parts, float32.
+
+    Products of float16 halves leave an error of 2**-22, and are many times as fast as float32.
+
+    Args:
+        MATRIX: float16 [2, D, D], `tables.Matrix.parts`, with its factor of sqrt(D).
+    """
+    peak = tl.maximum(tl.max(tl.abs(x), 1), 1e-30)
+    x = x / peak[:, None]
+    high = x.to(tl.float16)
+    low = (x - high.to(tl.float32)).to(tl.float16)
+    if DP > 128:
+        # half of the columns at a time, for the matrix to fit on the chip
+        left = product_of_halves(high, low, MATRIX, 0, D, DP, DP // 2, HAS_LOW)
+        right = product_of_halves(high, low, MATRIX, DP // 2, D, DP, DP // 2, HAS_LOW)
+        product = tl.reshape(tl.permute(tl.join(left, right), [0, 2, 1]), [16, DP])
+    else:
+        product = product_of_halves(high, low, MATRIX, 0, D, DP, DP, HAS_LOW)
+    return product * (peak * (1.0 / D**0.5))[:, None]
+
+
+@triton.jit
+def product_of_halves(
+    high,
+    low,
+    MATRIX,
+    first,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HAS_LOW: tl.constexpr,
+):
+    """(high + low) times the columns `first` to `first + WIDTH - 1` of a matrix of two parts."""
+    k = tl.arange(0, DP)
+    column = first + tl.arange(0, WIDTH)
+    square = (k < D)[:, None] & (column < D)[None, :]
+    place = MATRIX + k[:, None] * D + column[None, :]
+    matrix = tl.load(place, mask=square, other=0.0)
+    product = tl.dot(low, matrix)
+    if HAS_LOW:
+        product = tl.dot(high, tl.load(place + D * D, mask=square, other=0.0), product)
+    return tl.dot(high, matrix, product)
+
+
+@triton.jit
 def split_bytes(x, step):
     """High and low byte of x / step, rounded to an integer of 16 bits."""
     whole = tl.floor(x / step[:, None] + 0.5).to(tl.int32)
@@ -35,7 +82,9 @@ def split_bytes(x, step):
 
 
 @triton.jit
-def store_rows(rotated, ROWS8, ROW_SCALES, ROWS, side, D: tl.constexpr, H: tl.constexpr, PLAIN: tl.constexpr):
+def store_rows(
+    rotated, ROWS8, ROW_SCALES, ROWS, side, D: tl.constexpr, H: tl.constexpr, PLAIN: tl.constexpr
+):
     """Stores rotated rows [16, DP] of a unit: as float32 (PLAIN), or as bytes and their steps."""
     r = tl.arange(0, 16)
     d = tl.arange(0, rotated.shape[1])
@@ -64,7 +113,7 @@ def store_coefficients(
     TURNED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
 ):
-    """Stores a and b of q . RoPE_n(pre_mean) = sum a cos + b sin, n counted from the first token."""
+    """Stores a, b of q . RoPE_n(pre_mean) = sum a cos + b sin, n counted from the first token."""
     p = tl.arange(0, PAIRS)
     real = p < TURNED
     if INTERLEAVED:
@@ -73,7 +122,9 @@ def store_coefficients(
         first, second = p, p + TURNED
     mask = exists[:, None] & real[None, :]
     x1 = tl.load(queries_at[:, None] + first[None, :], mask=mask, other=0.0).to(tl.float32) * factor
-    x2 = tl.load(queries_at[:, None] + second[None, :], mask=mask, other=0.0).to(tl.float32) * factor
+    x2 = (
+        tl.load(queries_at[:, None] + second[None, :], mask=mask, other=0.0).to(tl.float32) * factor
+    )
     m1 = tl.load(PRE + first, mask=real, other=0.0)
     m2 = tl.load(PRE + second, mask=real, other=0.0)
     cos = tl.load(ORIGIN + p)
@@ -85,6 +136,84 @@ def store_coefficients(
     valid = (r < H)[:, None] & (p >= 0)[None, :]
     tl.store(place, x1 * v1 + x2 * v2, mask=valid)
     tl.store(place + H * PAIRS, x2 * v1 - x1 * v2, mask=valid)
+
+
+@triton.jit
+def store_slow_pairs(
+    QUERY,
+    PRE,
+    ORIGIN,
+    ANGLES,
+    CHEBYSHEV,
+    BASIS,
+    index,
+    query_batch,
+    query_head,
+    query_query,
+    kv_heads,
+    group,
+    queries,
+    units,
+    tiles,
+    factor,
+    D: tl.constexpr,
+    H: tl.constexpr,
+    PAIRS: tl.constexpr,
+    TURNED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    FIRST_SLOW: tl.constexpr,
+):
+    """Stores, for 16 rows and 16 tiles, what the slow pairs of q . RoPE_n(pre_mean) add up to.
+
+    Within a tile these are eight Chebyshev polynomials of the position; see `tables.RopeOperands`.
+    """
+    blocks_of_rows = (units * H + 15) // 16
+    r = (index % blocks_of_rows) * 16 + tl.arange(0, 16)
+    unit = r // H
+    blocks = (group * queries + H - 1) // H
+    head = unit // blocks
+    row = (unit % blocks) * H + r % H
+    exists = (unit < units) & (row < group * queries)
+    batch = (head // kv_heads).to(tl.int64)
+    query_of = (head % kv_heads) * group + row // queries
+    queries_at = QUERY + batch * query_batch + query_of * query_head + (row % queries) * query_query
+    column = tl.arange(0, 128)
+    first_tile = (index // blocks_of_rows) * 16
+    some = first_tile + tl.arange(0, 16)
+    term = tl.arange(0, 8)
+    sums = tl.zeros([16, 128], tl.float32)
+    for at in tl.static_range(FIRST_SLOW, PAIRS, 16):
+        p = at + tl.arange(0, 16)
+        real = p < TURNED
+        if INTERLEAVED:
+            one, other = 2 * p, 2 * p + 1
+        else:
+            one, other = p, p + TURNED
+        mask = exists[:, None] & real[None, :]
+        x1 = tl.load(queries_at[:, None] + one[None, :], mask=mask, other=0.0).to(tl.float32)
+        x2 = tl.load(queries_at[:, None] + other[None, :], mask=mask, other=0.0).to(tl.float32)
+        mean = PRE + head[:, None].to(tl.int64) * D
+        m1 = tl.load(mean + one[None, :], mask=mask, other=0.0) * factor
+        m2 = tl.load(mean + other[None, :], mask=mask, other=0.0) * factor
+        cos = tl.load(ORIGIN + p)[None, :]
+        sin = tl.load(ORIGIN + PAIRS + p)[None, :]
+        v1 = m1 * cos - m2 * sin
+        v2 = m2 * cos + m1 * sin
+        angle = ANGLES + some[None, :].to(tl.int64) * (2 * PAIRS) + p[:, None]
+        known = (some < tiles)[None, :] & (p >= 0)[:, None]
+        tile_cos = tl.load(angle, mask=known, other=0.0)[:, :, None]
+        tile_sin = tl.load(angle + PAIRS, mask=known, other=0.0)[:, :, None]
+        even = tl.load(CHEBYSHEV + term[None, :] * PAIRS + p[:, None])[:, None, :]
+        odd = tl.load(CHEBYSHEV + (8 + term)[None, :] * PAIRS + p[:, None])[:, None, :]
+        of_a = tl.reshape(tile_cos * even - tile_sin * odd, [16, 128])
+        of_b = tl.reshape(tile_sin * even + tile_cos * odd, [16, 128])
+        sums = tl.dot(x1 * v1 + x2 * v2, of_a, sums, input_precision="ieee")
+        sums = tl.dot(x2 * v1 - x1 * v2, of_b, sums, input_precision="ieee")
+    tile = first_tile + column // 8
+    term_of = column % 8
+    place = (unit[:, None].to(tl.int64) * tiles + tile[None, :]) * H + (r % H)[:, None]
+    valid = (unit < units)[:, None] & (tile < tiles)[None, :]
+    tl.store(BASIS + place * 8 + term_of[None, :], sums, mask=valid)
 
 
 @triton.jit
@@ -142,53 +271,80 @@ def attend_exact(
     WEIGHT,
     D: tl.constexpr,
     DP: tl.constexpr,
-    DK: tl.constexpr,
     N: tl.constexpr,
     H: tl.constexpr,
     CAUSAL: tl.constexpr,
     MASKED: tl.constexpr,
     CAPPED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    COMPUTE: tl.constexpr,
 ):
     """Partial result of the rows of a unit over exact rows `first` to `first + N - 1`."""
     n = first + tl.arange(0, N)
     inside = n < count
-    scores = tl.zeros([16, N], tl.float32)
-    for at in tl.static_range(0, DP, DK):
-        d = at + tl.arange(0, DK)
-        real = d < D
-        q = tl.load(queries_at[:, None] + d[None, :], mask=exists[:, None] & real[None, :], other=0.0)
-        k = tl.load(
-            keys_at + n[None, :] * key_token + d[:, None],
-            mask=inside[None, :] & real[:, None],
-            other=0.0,
-        )
-        scores = tl.dot(q.to(tl.float32), k.to(tl.float32), scores, input_precision=PRECISION)
+    d = tl.arange(0, DP)
+    real = d < D
+    q = tl.load(queries_at[:, None] + d[None, :], mask=exists[:, None] & real[None, :], other=0.0)
+    k = tl.load(
+        keys_at + n[None, :] * key_token + d[:, None],
+        mask=inside[None, :] & real[:, None],
+        other=0.0,
+    )
+    v = tl.load(
+        values_at + n[:, None] * value_token + d[None, :],
+        mask=inside[:, None] & real[None, :],
+        other=0.0,
+    )
+    # products of numbers of one half type are exact; float32 is split in three by the compiler
+    scores = tl.dot(q.to(COMPUTE), k.to(COMPUTE), input_precision="tf32x3")
     scores *= factor
     if CAPPED:
         scores = cap - (2 * cap) / (tl.exp2(scores) + 1)
     index = index_of_first + n
     scores = visible(
-        scores, index, inside, mask_row, query, MASK, mask_token, last_seen, hidden_before, CAUSAL, MASKED
+        scores,
+        index,
+        inside,
+        mask_row,
+        query,
+        MASK,
+        mask_token,
+        last_seen,
+        hidden_before,
+        CAUSAL,
+        MASKED,
     )
     maximum = tl.maximum(tl.max(scores, 1), LOWEST)
     weights = tl.exp2(scores - maximum[:, None])
     r = tl.arange(0, 16)
     tl.store(WEIGHT + r * 2, maximum, mask=r < H)
     tl.store(WEIGHT + r * 2 + 1, tl.sum(weights, 1), mask=r < H)
-    for at in tl.static_range(0, DP, DK):
-        d = at + tl.arange(0, DK)
-        real = d < D
-        v = tl.load(
-            values_at + n[:, None] * value_token + d[None, :],
-            mask=inside[:, None] & real[None, :],
-            other=0.0,
-        )
-        out = tl.dot(weights, v.to(tl.float32), input_precision="tf32x3")
-        tl.store(PARTIAL + r[:, None] * D + d[None, :], out, mask=(r < H)[:, None] & real[None, :])
+    high = weights.to(COMPUTE)
+    out = tl.dot(high, v.to(COMPUTE), input_precision="tf32x3")
+    if COMPUTE != tl.float32:
+        rest = (weights - high.to(tl.float32)).to(COMPUTE)
+        out = tl.dot(rest, v.to(COMPUTE), out)
+    tl.store(PARTIAL + r[:, None] * D + d[None, :], out, mask=(r < H)[:, None] & real[None, :])
 
 
-@triton.jit
+# numbers that change from step to step: a kernel compiled anew for some would stall generation
+COUNTS = (
+    "sinks",
+    "count0",
+    "count1",
+    "index0",
+    "index1",
+    "kv_heads",
+    "group",
+    "queries",
+    "units",
+    "tiles",
+    "splits",
+    "parts",
+    "last_seen",
+)
+
+
+@triton.jit(do_not_specialize=COUNTS)
 def prepare(
     QUERY,
     BALANCE,
@@ -197,6 +353,8 @@ def prepare(
     PRE,
     POST,
     ORIGIN,
+    ANGLES,
+    CHEBYSHEV,
     PADDING,
     SINK_KEY,
     SINK_VALUE,
@@ -210,6 +368,7 @@ def prepare(
     ROWS,
     COEF,
     CONSTANT,
+    BASIS,
     PARTIAL,
     WEIGHT,
     query_batch,
@@ -233,6 +392,8 @@ def prepare(
     kv_heads,
     group,
     queries,
+    units,
+    tiles,
     splits,
     parts,
     last_seen,
@@ -240,7 +401,6 @@ def prepare(
     cap,
     D: tl.constexpr,
     DP: tl.constexpr,
-    DK: tl.constexpr,
     N: tl.constexpr,
     H: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -249,14 +409,53 @@ def prepare(
     SKETCH: tl.constexpr,
     PLAIN: tl.constexpr,
     PACKED: tl.constexpr,
+    SLOW: tl.constexpr,
     PRECONDITIONED: tl.constexpr,
     PADDED: tl.constexpr,
     CAUSAL: tl.constexpr,
     MASKED: tl.constexpr,
     CAPPED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    FIRST_SLOW: tl.constexpr,
+    HAS_LOW: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
-    """Grid: (1 + chunks of exact rows, units). Outputs are laid out as `attend_tiles` reads them."""
+    """Grid: (1 + chunks of exact rows + what slow pairs take, units).
+
+    Outputs are laid out as `attend_tiles` reads them. CHAINED: the next launch may start early.
+    """
+    if CHAINED:
+        gdc_launch_dependents()
+    part = tl.program_id(0) - 1
+    if SLOW:
+        which = (part - (parts - splits)) * units + tl.program_id(1)
+        if which >= 0:
+            if which < ((units * H + 15) // 16) * ((tiles + 15) // 16):
+                store_slow_pairs(
+                    QUERY,
+                    PRE,
+                    ORIGIN,
+                    ANGLES,
+                    CHEBYSHEV,
+                    BASIS,
+                    which,
+                    query_batch,
+                    query_head,
+                    query_query,
+                    kv_heads,
+                    group,
+                    queries,
+                    units,
+                    tiles,
+                    score_factor,
+                    D,
+                    H,
+                    PAIRS,
+                    TURNED,
+                    INTERLEAVED,
+                    FIRST_SLOW,
+                )
+            return
     unit = tl.program_id(1)
     batch, kv_head, in_group, query, exists = row_of(unit, kv_heads, group, queries, H)
     unit = unit.to(tl.int64)
@@ -264,35 +463,25 @@ def prepare(
     kv_head = kv_head.to(tl.int64)
     head = kv_head * group + in_group
     queries_at = QUERY + batch * query_batch + head * query_head + query * query_query
-    part = tl.program_id(0) - 1
     if part < 0:
         if PACKED:
-            rotated = tl.zeros([16, DP], tl.float32)
-            sketched = tl.zeros([16, DP], tl.float32)
-            constant = tl.zeros([16], tl.float32)
-            out = tl.arange(0, DP)
+            d = tl.arange(0, DP)
+            real = d < D
             stat = (batch * kv_heads + kv_head) * D
-            for at in tl.static_range(0, DP, DK):
-                d = at + tl.arange(0, DK)
-                real = d < D
-                q = tl.load(
-                    queries_at[:, None] + d[None, :], mask=exists[:, None] & real[None, :], other=0.0
-                )
-                q = q.to(tl.float32) * score_factor
-                if PRECONDITIONED:
-                    mean = tl.load(POST + stat + d, mask=real, other=0.0)
-                    unturned = real & (d >= 2 * TURNED)
-                    if TURNED > 0:
-                        mean += tl.load(PRE + stat + d, mask=unturned, other=0.0)
-                    constant += tl.sum(q * mean[None, :], 1)
-                    q = q / tl.load(BALANCE + stat + d, mask=real, other=1.0)[None, :]
-                square = (out < D)[None, :] & real[:, None]
-                # y = R x: columns of this product are rows of R
-                matrix = tl.load(KEY_ROTATION + out[None, :] * D + d[:, None], mask=square, other=0.0)
-                rotated = tl.dot(q, matrix, rotated, input_precision="tf32x3")
-                if SKETCH:
-                    matrix = tl.load(SKETCHED + out[None, :] * D + d[:, None], mask=square, other=0.0)
-                    sketched = tl.dot(q, matrix, sketched, input_precision="tf32x3")
+            q = tl.load(
+                queries_at[:, None] + d[None, :], mask=exists[:, None] & real[None, :], other=0.0
+            )
+            q = q.to(tl.float32) * score_factor
+            constant = tl.zeros([16], tl.float32)
+            if PRECONDITIONED:
+                mean = tl.load(POST + stat + d, mask=real, other=0.0)
+                if TURNED > 0:
+                    mean += tl.load(PRE + stat + d, mask=real & (d >= 2 * TURNED), other=0.0)
+                constant = tl.sum(q * mean[None, :], 1)
+                q = q / tl.load(BALANCE + stat + d, mask=real, other=1.0)[None, :]
+            rotated = multiply(q, KEY_ROTATION, D, DP, HAS_LOW)
+            if SKETCH:
+                sketched = multiply(q, SKETCHED, D, DP, True)
             SIDES: tl.constexpr = 2 if SKETCH else 1
             rows8 = ROWS8 + unit * (SIDES * 2 * H * D)
             row_scales = ROW_SCALES + unit * (SIDES * H)
@@ -338,13 +527,13 @@ def prepare(
                 value = VALUE0 + batch * batch0 + kv_head * head0
                 first = (part - chunks_of_sinks) * N
                 count = count0
-                index = index0.to(tl.int64)
+                index = tl.zeros([], tl.int64) + index0
             else:
                 key = KEY1 + batch * batch1 + kv_head * head1
                 value = VALUE1 + batch * batch1 + kv_head * head1
                 first = (part - chunks_of_sinks - chunks0) * N
                 count = count1
-                index = index1.to(tl.int64)
+                index = tl.zeros([], tl.int64) + index1
         attend_exact(
             queries_at,
             exists,
@@ -367,11 +556,10 @@ def prepare(
             WEIGHT + at * 2,
             D,
             DP,
-            DK,
             N,
             H,
             CAUSAL,
             MASKED,
             CAPPED,
-            PRECISION,
+            COMPUTE,
         )

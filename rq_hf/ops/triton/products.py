@@ -12,19 +12,28 @@ import triton.language as tl
 
 
 @triton.jit
-def multiply(x, high, low, total, matrix):
-    """total + x (high + low) for float32 `x`, parts of `matrix`."""
+def split(x, matrix):
+    """High and low part of float32 `x`, to be multiplied by `matrix`."""
     if matrix.split:
         bits = x.to(tl.int32, bitcast=True)
-        top = (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-        # no conversion: those of single numbers are slow
-        rest = (x - (bits & -65536).to(tl.float32, bitcast=True)).to(tl.bfloat16)
-        total = tl.dot(rest, high, total)
-        if matrix.has_low:
-            total = tl.dot(top, low, total)
-        return tl.dot(top, high, total)
+        # no conversion of the upper half: those of single numbers are slow
+        high = (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+        low = (x - (bits & -65536).to(tl.float32, bitcast=True)).to(tl.bfloat16)
+        return high, low
     else:
-        return tl.dot(x, high, total, input_precision="ieee")
+        return x, x
+
+
+@triton.jit
+def multiply(parts, high, low, total, matrix):
+    """total + x (high + low) for `parts` of x, and those of `matrix`."""
+    if matrix.split:
+        total = tl.dot(parts[1], high, total)
+        if matrix.has_low:
+            total = tl.dot(parts[0], low, total)
+        return tl.dot(parts[0], high, total)
+    else:
+        return tl.dot(parts[0], high, total, input_precision="ieee")
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from rq_hf.ops.triton.fields import place_operand, store_columns, store_plain
-from rq_hf.ops.triton.products import load_parts, multiply, multiply_exact
+from rq_hf.ops.triton.products import load_parts, multiply, multiply_exact, split
 
 
 @triton.jit
@@ -29,11 +29,12 @@ def sketch_rows(residual, joined, words, s, sketch, shape):
     row = tl.arange(0, 64)
     total = tl.zeros([64], tl.float32)
     direction = tl.zeros([64, shape.padded], tl.float32)
+    parts = split(residual, sketch.forward)
     for block in tl.static_range((sketch.padded + 127) // 128):
         fields = tl.zeros([64, 1, 32], tl.int32)
         for chunk in tl.range(0, min(4, sketch.padded // 32 - 4 * block), num_stages=1):
             first = 128 * block + 32 * chunk
-            negative, part, direction = _project(residual, first, direction, sketch, shape)
+            negative, part, direction = _project(parts, first, direction, sketch, shape)
             total += part
             if shape.fragment:
                 m = chunk + 2 * s if JOINED else chunk
@@ -58,7 +59,7 @@ def store_joined_signs(words, joined, sketch, shape):
 def _weight(residual, total, direction, sketch):
     if not sketch.mmse:
         return sketch.weight * tl.sqrt(tl.sum(residual * residual, 1))
-    elif sketch.back is None:
+    elif sketch.one_energy:
         return total / sketch.energy
     else:
         energy = tl.sum(direction * direction, 1)
@@ -66,15 +67,15 @@ def _weight(residual, total, direction, sketch):
 
 
 @triton.jit
-def _project(residual, first, direction, sketch, shape):
-    """Signs [64, 32] of 32 rows of the sketch, sums of |S r|, `direction` plus their S^T s."""
+def _project(parts, first, direction, sketch, shape):
+    """Signs [64, 32] of 32 rows of the sketch, sums of |S r| and `direction` plus S^T s."""
     column = tl.arange(0, 32) + first
     dim = tl.arange(0, shape.padded)
     high, low = load_parts(sketch.forward, dim, column, sketch.padded)
     zero = tl.zeros([64, 32], tl.float32)
-    projected = multiply(residual, high, low, zero, sketch.forward)
+    projected = multiply(parts, high, low, zero, sketch.forward)
     negative = (projected < 0).to(tl.int32)
-    if sketch.mmse and sketch.back is not None:
+    if sketch.mmse and not sketch.one_energy:
         high, low = load_parts(sketch.back, column, dim, shape.padded)
         sign = (1 - 2 * negative).to(tl.float32)
         direction = multiply_exact(sign, high, low, direction, sketch.back)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
+from scipy import special
 from torch import Tensor
 
 from rq_hf.quant.codebooks import Codebook
@@ -17,6 +18,31 @@ from rq_hf.quant.tiles import TileCodec
 
 # angles are tabulated for so many tiles more than asked for
 _SPARE_TILES = 256
+# radians from a tile's centre to its end up to which a pair is slow: 2 J_8(1.6) = 8e-6
+_SLOW = 1.6
+_TERMS = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """A matrix as the sum of two in float16.
+
+    Attributes:
+        parts: float16 [2, D, D], the nearest numbers, and what these leave; both times sqrt(D), with
+            which a Hadamard matrix has no second part.
+        has_low: Whether the second part has anything but zeros.
+    """
+
+    parts: Tensor
+    has_low: bool
+
+    @classmethod
+    def of(cls, exact: Tensor, device: torch.device) -> Matrix:
+        """Splits a float64 matrix."""
+        high = exact.half()
+        low = (exact - high.double()).half()
+        parts = torch.stack([high, low]).contiguous().to(device)
+        return cls(parts, bool(low.any()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,9 +50,9 @@ class CodecTables:
     """What the kernels need to know of a codec.
 
     Attributes:
-        key_rotation: float32 [D, D].
-        value_rotation: float32 [D, D].
-        sketched: Sketch times key rotation, float32 [M, D]; the key rotation again without sketch.
+        key_rotation: Transposed, see `Matrix`.
+        value_rotation: As it is.
+        sketched: Sketch times key rotation, transposed; the key rotation again without sketch.
         key_levels: float32 levels, [2**bits].
         value_levels: The same for values.
         key_words: The integer levels as four words of bytes, see `level_words`.
@@ -35,9 +61,9 @@ class CodecTables:
         value_step: The same for values.
     """
 
-    key_rotation: Tensor
-    value_rotation: Tensor
-    sketched: Tensor
+    key_rotation: Matrix
+    value_rotation: Matrix
+    sketched: Matrix
     key_levels: Tensor
     value_levels: Tensor
     key_words: tuple[int, int, int, int]
@@ -50,21 +76,37 @@ class CodecTables:
 class RopeOperands:
     """Cosines and sines as the kernels read them. PAIRS: half of rotary_dim, padded with zeros.
 
+    The inner product of a row with RoPE_n(mean) is a sum of a cos(n w) + b sin(n w) over the pairs.
+    Within a tile of T tokens, positions from the tile's centre are u T / 2 with -1 < u < 1.
+
+    * Fast pairs, the first 4 `halves`: two columns of a table, cos and sin of the positions.
+    * Slow pairs, which turn little within a tile: cos(x u) and sin(x u) with x = w T / 2 are sums of
+      the first eight Chebyshev polynomials (coefficients 2 (-1)^(k // 2) J_k(x), half for k = 0; the
+      rest is below 1e-5), so that all slow pairs together take eight columns.
+
     Attributes:
-        operands: float16, cos and sin of 0 .. T - 1 positions, in the order of tensor-core operands.
-        rows: float32 [T, 2, PAIRS], the same as plain rows.
-        tiles: float32 [tiles, 2, PAIRS], cos and sin of multiples of T positions.
+        halves: Groups of four fast pairs.
+        slow: Whether there are slow pairs. `halves + slow` is even.
+        operands: float16, the table in the order of tensor-core operands.
+        rows: float32 [T, 2, PAIRS], cos and sin of positions from the centre, as plain rows.
+        tiles: float32 [tiles, 2, PAIRS], cos and sin of the tiles' centres.
+        chebyshev: float32 [2, 8, PAIRS], coefficients of cos and of sin; zero for fast pairs.
         origin: float32 [2, PAIRS], cos and sin of the first packed position.
     """
 
+    halves: int
+    slow: bool
     operands: Tensor
     rows: Tensor
     tiles: Tensor
+    chebyshev: Tensor
     origin: Tensor
 
 
 _codecs: WeakKeyDictionary[TileCodec, dict[torch.device, CodecTables]] = WeakKeyDictionary()
-_ropes: WeakKeyDictionary[RopeTable, dict[tuple, RopeOperands]] = WeakKeyDictionary()
+_ropes: dict[tuple, RopeOperands] = {}
+# a model has a table or two, a process a few models
+_MOST_ROPES = 64
 
 
 def codec_tables(codec: TileCodec, device: torch.device) -> CodecTables:
@@ -80,12 +122,15 @@ def rope_operands(
     rope: RopeTable, *, start: int, length: int, tiles: int, device: torch.device
 ) -> RopeOperands:
     """Returns tables for tiles of `length` tokens, of which the first starts at position `start`."""
-    kept = _ropes.setdefault(rope, {})
-    key = (start, length, device)
-    if key not in kept or kept[key].tiles.shape[0] < tiles:
+    key = (rope.digest, start, length, device)
+    kept = _ropes.get(key)
+    if kept is None or kept.tiles.shape[0] < tiles:
+        if len(_ropes) >= _MOST_ROPES:
+            _ropes.pop(next(iter(_ropes)))
         with torch.inference_mode(False):
-            kept[key] = _make_rope_operands(rope, start, length, tiles + _SPARE_TILES, device)
-    return kept[key]
+            kept = _make_rope_operands(rope, start, length, tiles + _SPARE_TILES, device)
+        _ropes[key] = kept
+    return kept
 
 
 def padded_pairs(rope: RopeTable) -> int:
@@ -104,15 +149,15 @@ def level_words(codebook: Codebook) -> tuple[int, int, int, int]:
 
 def _make_codec_tables(codec: TileCodec, device: torch.device) -> CodecTables:
     key, value = codec.key_quantizer, codec.value_quantizer
-    key_rotation = key.rotation.matrix(device).contiguous()
+    key_rotation = key.rotation.matrix(None, torch.float64) * codec.head_dim**0.5
     sketched = key_rotation
     if not isinstance(key, MSEQuantizer):
-        exact = key.sketch.matrix(None, torch.float64) @ key.rotation.matrix(None, torch.float64)
-        sketched = exact.to(device, torch.float32).contiguous()
+        sketched = key.sketch.matrix(None, torch.float64) @ key_rotation
+    value_rotation = value.rotation.matrix(None, torch.float64) * codec.head_dim**0.5
     return CodecTables(
-        key_rotation=key_rotation,
-        value_rotation=value.rotation.matrix(device).contiguous(),
-        sketched=sketched,
+        key_rotation=Matrix.of(key_rotation.T, device),
+        value_rotation=Matrix.of(value_rotation, device),
+        sketched=Matrix.of(sketched.T, device),
         key_levels=key.codebook.levels.to(device),
         value_levels=value.codebook.levels.to(device),
         key_words=level_words(key.codebook),
@@ -126,13 +171,33 @@ def _make_rope_operands(
     rope: RopeTable, start: int, length: int, tiles: int, device: torch.device
 ) -> RopeOperands:
     pairs = padded_pairs(rope)
-    rows = _angles(rope, torch.arange(length), pairs)
+    position = torch.arange(length, dtype=torch.float64) - (length - 1) / 2
+    rows = _angles(rope, position, pairs)
+    halves, slow = _split_pairs(rope, length)
+    centre = torch.arange(tiles) * length + (length - 1) / 2
     return RopeOperands(
-        operands=_in_operand_order(rows).to(device, torch.float16),
+        halves=halves,
+        slow=slow,
+        operands=_in_operand_order(rows, position / (length / 2), halves, slow).to(
+            device, torch.float16
+        ),
         rows=rows.to(device, torch.float32),
-        tiles=_angles(rope, torch.arange(tiles) * length, pairs).to(device, torch.float32),
+        tiles=_angles(rope, centre, pairs).to(device, torch.float32),
+        chebyshev=_chebyshev(rope, length, 4 * halves, pairs).to(device, torch.float32),
         origin=_angles(rope, torch.tensor([start]), pairs)[0].to(device, torch.float32),
     )
+
+
+def _split_pairs(rope: RopeTable, length: int) -> tuple[int, bool]:
+    """Groups of four fast pairs, and whether slow pairs are left."""
+    turns = rope.inv_freq.double().cpu().abs() * (length / 2)
+    fast = int((turns > _SLOW).nonzero().max()) + 1 if bool((turns > _SLOW).any()) else 0
+    pairs = len(turns)
+    for halves in range(-(-fast // 4), -(-pairs // 4) + 2):
+        slow = 4 * halves < pairs
+        if (halves + slow) % 2 == 0 and halves + slow > 0:
+            return halves, slow
+    raise AssertionError("two groups in a row have one of even number")
 
 
 def _angles(rope: RopeTable, position: Tensor, pairs: int) -> Tensor:
@@ -142,12 +207,30 @@ def _angles(rope: RopeTable, position: Tensor, pairs: int) -> Tensor:
     return torch.nn.functional.pad(table, (0, pairs - angle.shape[1]))
 
 
-def _in_operand_order(rows: Tensor) -> Tensor:
-    """[T, 2, PAIRS] -> [PAIRS / 16, 2, T / 16, 8, 4, 2, 2, 2] as `attend_tiles.rope_table` reads it.
+def _chebyshev(rope: RopeTable, length: int, fast: int, pairs: int) -> Tensor:
+    """Coefficients of cos(x u) and sin(x u), float64 `[2, TERMS, pairs]` (Jacobi, Anger 1836)."""
+    turns = rope.inv_freq.double().cpu() * (length / 2)
+    order = torch.arange(_TERMS)[:, None]
+    bessel = torch.from_numpy(special.jv(order.numpy(), turns.numpy()[None, :]))
+    weight = torch.where(order == 0, 1.0, 2.0) * torch.where(order // 2 % 2 == 0, 1.0, -1.0)
+    even = torch.where(order % 2 == 0, weight, 0.0) * bessel
+    odd = torch.where(order % 2 == 1, weight, 0.0) * bessel
+    table = torch.stack([even, odd])
+    table[:, :, :fast] = 0
+    return torch.nn.functional.pad(table, (0, pairs - len(turns)))
 
-    Lane 4 g + t takes pairs t PAIRS / 4 onwards, four for each product of 16 columns.
+
+def _in_operand_order(rows: Tensor, u: Tensor, halves: int, slow: bool) -> Tensor:
+    """Columns of the table as `attend_tiles.rope_table` reads them.
+
+    [T, 2, PAIRS] and positions `[T]` -> [blocks, T / 16, 8, 4, 2, 2, 2]. Sixteen columns are a block:
+    two halves, each four pairs of (cos, sin), or the Chebyshev polynomials 0 to 7.
     """
     length, _, pairs = rows.shape
-    # mt h g | cos or sin | t block hi j
-    grid = rows.reshape(length // 16, 2, 8, 2, 4, pairs // 16, 2, 2)
-    return grid.permute(5, 3, 0, 2, 4, 6, 1, 7).contiguous()
+    table = torch.nn.functional.pad(rows, (0, max(0, 4 * halves - pairs)))[:, :, : 4 * halves]
+    columns = [table.transpose(1, 2).reshape(length, 8 * halves)]
+    if slow:
+        columns.append(torch.cos(torch.arange(_TERMS) * torch.arccos(u)[:, None]))
+    # mt h g | block hi t j
+    grid = torch.cat(columns, 1).reshape(length // 16, 2, 8, -1, 2, 4, 2)
+    return grid.permute(3, 0, 2, 5, 4, 1, 6).contiguous()
