@@ -5,9 +5,6 @@ from __future__ import annotations
 
 import copy
 import os
-import warnings
-import weakref
-from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
 from typing import Any
@@ -16,33 +13,32 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import (
-    DYNAMIC_LAYER_TYPE_MAPPING,
     Cache,
     CacheLayerMixin,
     DynamicLayer,
-    get_layer_types_and_kwargs,
+    LinearAttentionCacheLayerMixin,
 )
 
 from rq_hf.attention import register
-from rq_hf.config import EXACT_BITS, RotorQuantConfig
+from rq_hf.config import RotorQuantConfig
+from rq_hf.description import describe_layer
 from rq_hf.layers import RotorQuantLayer
 from rq_hf.memory import CacheMemory, reachable_tensors, storage_bytes
-from rq_hf.quant.rope import RopeTable
-from rq_hf.rope import rope_tables
+from rq_hf.model_layers import make_layer, make_layers
 
 # the name can be set on a model as soon as there is a cache for it
 register()
 
 BF16_BYTES = 2
-# attention implementations that take keys and values as handles; others get dense tensors
-HANDLE_IMPLEMENTATIONS = (None, "sdpa", "eager", "rotorquant")
 
 
 class RotorQuantCache(Cache):
     """A `transformers.Cache` that keeps keys and values packed to 2-4 bits a number.
 
-    Full-attention layers are packed. Sliding-window and chunked layers, which are short, and
-    linear-attention, convolution and hybrid layers keep the host's own classes, exact.
+    Full-attention layers are packed, and with `sliding="packed"` those with a sliding window or
+    attention in chunks. Linear-attention, convolution and hybrid layers keep the host's own
+    classes, exact, as do all layers of models with multi-head latent attention, or with values of
+    another size than the keys.
 
     Args:
         config: The model's config; it tells the kind of every layer. Without it all layers count
@@ -57,6 +53,10 @@ class RotorQuantCache(Cache):
     Raises:
         ValueError: A setting is out of range or given beside `quantization`, `layer_bits` names a
             layer that the model does not have, or `config` is of an encoder-decoder model.
+
+    Attributes:
+        quantization: How to store, resolved.
+        exact_because: Why no layer of this model is packed; None if some are.
 
     Example:
         >>> cache = RotorQuantCache(config=model.config, nbits=3)
@@ -76,16 +76,19 @@ class RotorQuantCache(Cache):
     ) -> None:
         self.quantization = _resolve(quantization, preset, settings)
         self._updates = 0
-        layers = None if config is None else _make_layers(config, self.quantization)
+        self.exact_because: str | None = None
+        layers = None
+        if config is not None:
+            layers, self.exact_because = make_layers(config, self.quantization)
         self._empty_layers = {
             i: copy.deepcopy(layer)
             for i, layer in enumerate(layers or [])
             if not isinstance(layer, RotorQuantLayer)
         }
-        make_layer: Any = partial(_make_layer, self.quantization) if layers is None else None
+        factory: Any = partial(make_layer, self.quantization) if layers is None else None
         super().__init__(
             layers=layers,
-            layer_class_to_replicate=make_layer,
+            layer_class_to_replicate=factory,
             offloading=offloading,
             offload_only_non_sliding=offload_only_non_sliding,
         )
@@ -114,6 +117,15 @@ class RotorQuantCache(Cache):
         self._updates += 1
         return states
 
+    def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
+        """Fetches the next offloaded layer from `layer_idx` on, on a stream of its own."""
+        if not any(_is_offloadable(layer, only_non_sliding) for layer in self.layers):
+            return
+        # transformers 5.17 does not wait here: the layer would be copied into memory that was an
+        # earlier one's, which attention on the default stream may still read
+        self.prefetch_stream.wait_stream(torch.cuda.default_stream())
+        super().prefetch(layer_idx, only_non_sliding)
+
     def _append_layers(self, count: int) -> None:
         """Appends layers while there is no config that says how many there are."""
         if self.layer_class_to_replicate is None or len(self.layers) >= count:
@@ -138,6 +150,16 @@ class RotorQuantCache(Cache):
                 layer.keys, layer.values = layer.keys.to(device), layer.values.to(device)
                 layer.device = layer.keys.device
         return self
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drops the newest tokens of every layer; see `RotorQuantLayer.crop`.
+
+        Raises:
+            ValueError: A packed layer cannot be cropped so far; the cache is as it was.
+        """
+        for layer in self.packed_layers:
+            layer.check_crop(tokens_to_remove)
+        super().crop(tokens_to_remove)
 
     def reset(self) -> None:
         """Forgets all tokens; the next prompt may have another batch size, dtype or device."""
@@ -217,7 +239,10 @@ class RotorQuantCache(Cache):
     def describe(self) -> str:
         """Returns one line a layer: what is stored how, and what attention reads."""
         self._settle()
-        return "\n".join(_describe(i, layer) for i, layer in enumerate(self.layers))
+        lines = [describe_layer(i, layer) for i, layer in enumerate(self.layers)]
+        if self.exact_because is not None:
+            lines.append(f"nothing is packed: {self.exact_because}")
+        return "\n".join(lines)
 
 
 def _resolve(
@@ -235,61 +260,11 @@ def _resolve(
     return quantization or RotorQuantConfig.from_preset(preset or "near-lossless", **settings)
 
 
-def _make_layer(
-    quantization: RotorQuantConfig,
-    layer_idx: int,
-    rope: RopeTable | None = None,
-    gives_handles: Callable[[], bool] = lambda: True,
-) -> CacheLayerMixin:
-    """Returns a packed layer, or the host's exact one where the settings ask for it."""
-    of_layer = quantization.for_layer(layer_idx)
-    if of_layer is None:
-        return DynamicLayer()
-    return RotorQuantLayer(of_layer, layer_idx, rope, gives_handles)
-
-
-def _make_layers(config: PreTrainedConfig, quantization: RotorQuantConfig) -> list[Any]:
-    """Returns a layer for each of the model's, of the kind that its config names."""
-    if config.is_encoder_decoder:
-        raise ValueError(
-            "an encoder-decoder model needs a cache for each attention: "
-            "EncoderDecoderCache(RotorQuantCache(), DynamicCache()), without config"
-        )
-    decoder = config.get_text_config(decoder=True)
-    types, options = get_layer_types_and_kwargs(decoder)
-    unknown = [i for i in quantization.layer_bits or () if i >= len(types)]
-    if unknown:
-        raise ValueError(f"layer_bits names layers {unknown}, the model caches {len(types)} layers")
-    exact = [
-        i
-        for i, bits in (quantization.layer_bits or {}).items()
-        if types[i] != "full_attention" and bits != EXACT_BITS
-    ]
-    if exact:
-        raise ValueError(f"layer_bits names layers {exact}, which are not of full attention")
-    # transformers 5.17 gives one dict for all layers
-    options = [options] * len(types) if isinstance(options, dict) else options
-    ropes = rope_tables(decoder)
-    gives_handles = partial(_takes_handles, weakref.ref(decoder))
-    latent = getattr(decoder, "kv_lora_rank", None) is not None
-    if latent:
-        warnings.warn(
-            "multi-head latent attention is cached exactly: its latents are compressed already",
-            stacklevel=3,
-        )
-    return [
-        _make_layer(quantization, i, ropes[i] if i < len(ropes) else None, gives_handles)
-        if kind == "full_attention" and not latent
-        else DYNAMIC_LAYER_TYPE_MAPPING[kind](**option)
-        for i, (kind, option) in enumerate(zip(types, options, strict=True))
-    ]
-
-
-def _takes_handles(config: weakref.ref[PreTrainedConfig]) -> bool:
-    """Whether the attention that the model uses now takes handles."""
-    decoder = config()
-    # the modules of the model hold this very object, so a later switch shows here
-    return getattr(decoder, "_attn_implementation", None) in HANDLE_IMPLEMENTATIONS
+def _is_offloadable(layer: Any, only_non_sliding: bool) -> bool:
+    """Whether the host moves a layer to the CPU while it is not in use."""
+    attention = isinstance(layer, CacheLayerMixin)
+    linear = isinstance(layer, LinearAttentionCacheLayerMixin)
+    return attention and not linear and not (only_non_sliding and layer.is_sliding)
 
 
 def _numbers(layer: RotorQuantLayer) -> tuple[int, int]:
@@ -308,35 +283,3 @@ def _nominal_bits(layers: list[Any]) -> float:
     bits = [layer.codec.layout.nominal_bits for layer in layers]
     total = sum(b * w for b, w in zip(bits, weights, strict=True))
     return total / sum(weights) if layers else float("nan")
-
-
-def _describe(index: int, layer: Any) -> str:
-    if not isinstance(layer, RotorQuantLayer):
-        kind = "exact" if isinstance(layer, CacheLayerMixin) else "state"
-        window = getattr(layer, "sliding_window", None)
-        name = type(layer).__name__ + (f", window {window}" if window else "")
-        return f"layer {index}: {kind} ({name})"
-    if layer.store is None or layer.codec is None:
-        return f"layer {index}: packed, nothing stored yet"
-    store, layout, config = layer.store, layer.codec.layout, layer.config
-    calls = ", ".join(f"{door} {count}x" for door, count in sorted(layer.calls.items()))
-    return (
-        f"layer {index}: {store.sinks} exact sinks | {store.packed_length} tokens packed in "
-        f"{store.tiles.length} tiles of {layout.tile_length} ({config.key_codec} keys "
-        f"{config.key_bits} bits, values {config.value_bits} bits, {config.rotation} rotation, "
-        f"{layout.order} order; {_describe_statistics(layer)}) | {store.tail} exact tail; "
-        f"attention: {calls or 'not called yet'}"
-    )
-
-
-def _describe_statistics(layer: RotorQuantLayer) -> str:
-    statistics = layer.preconditioner
-    if statistics is None:
-        return "statistics open"
-    means = {"pre-RoPE": statistics.pre_mean, "post-RoPE": statistics.post_mean}
-    used = [name for name, mean in means.items() if bool(mean.any())]
-    balance = "queries" if layer.statistics.power is not None else "keys alone"
-    return (
-        f"key mean {' and '.join(used) or 'none'}, "
-        f"balance {f'from {balance}' if layer.config.balance else 'off'}"
-    )

@@ -36,8 +36,8 @@ class LayerRecord:
         tail: Exact tokens at the end; all tokens of a layer of the host.
         rope: Place in `Header.ropes` of what the keys went through; None if it is not known.
         mean_rope: Of what the frozen key mean goes through.
-        sliding_window: Window of the host's layer.
-        cumulative_length: Tokens that it has seen.
+        sliding_window: Window of a layer that has one.
+        cumulative_length: Tokens that such a layer has seen.
         record_past: Whether it keeps more than its window, to be cropped.
     """
 
@@ -56,6 +56,13 @@ class LayerRecord:
     sliding_window: int | None = None
     cumulative_length: int = 0
     record_past: bool = False
+
+    @property
+    def dropped(self) -> int:
+        """Tokens that a packed layer with a window has dropped."""
+        if self.sliding_window is None:
+            return 0
+        return self.cumulative_length - self.sinks - self.packed_length - self.tail
 
     def forms(self, layout: TileLayout | None) -> Iterator[tuple[str, Form]]:
         """Yields name and form of the tensors whose form is known; `layout` of packed layers."""
@@ -125,6 +132,8 @@ class Header:
             header = cls(**{**fields, "layers": layers})
             # settings are checked as they are made
             header.settings  # noqa: B018
+            if any(layer.kind == PACKED and layer.dropped < 0 for layer in layers):
+                raise ValueError("a layer holds more tokens than it has seen")
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"not a header of this format: {error}") from error
         return header

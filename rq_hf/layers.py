@@ -180,6 +180,8 @@ class RotorQuantLayer(PackedStates, CacheLayerMixin):
         self.settle()
         if not self.get_seq_length():
             return None
+        # some models read cross-attention so in every step
+        self.count(f"{('keys', 'values')[which]} decoded")
         offloaded = self._offloaded
         self.prefetch()
         states = self.view().dense()[which]
@@ -206,9 +208,9 @@ class RotorQuantLayer(PackedStates, CacheLayerMixin):
         _only_none("values", states)
 
     def get_seq_length(self) -> int:
-        """Returns the number of tokens stored."""
+        """Returns the number of tokens of a sequence so far."""
         pending = 0 if self._pending is None else self._pending[0].shape[2]
-        return pending + (0 if self.store is None else self.store.length)
+        return pending + (0 if self.store is None else self.store.dropped + self.store.length)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Returns length and offset of the keys that `query_length` new tokens will see."""
@@ -233,28 +235,37 @@ class RotorQuantLayer(PackedStates, CacheLayerMixin):
             tokens_to_remove: How many, as a number of at most 0 as `Cache.crop` passes it.
 
         Raises:
+            ValueError: As `check_crop`; the layer is as it was.
+        """
+        self.check_crop(tokens_to_remove)
+        if self.store is None or tokens_to_remove == 0:
+            return
+        if self.get_seq_length() + tokens_to_remove <= 0:
+            self.reset()
+        else:
+            self.store.crop(-int(tokens_to_remove))
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Refuses what `crop` cannot do.
+
+        Raises:
             ValueError: A positive number (the final length, in older versions of the host), or
                 tokens that only some sequences of a left-padded batch have.
         """
         # the host counts with tensors in places
-        tokens_to_remove = int(tokens_to_remove)
-        if tokens_to_remove > 0:
+        if int(tokens_to_remove) > 0:
             raise ValueError(
                 f"crop takes minus the number of tokens to remove, got {tokens_to_remove}"
             )
         self.settle()
-        if self.store is None or tokens_to_remove == 0:
+        left = self.get_seq_length() + int(tokens_to_remove)
+        if left <= 0 or self.padding is None or tokens_to_remove == 0:
             return
-        left = self.store.length + tokens_to_remove
-        if left <= 0:
-            self.reset()
-            return
-        if self.padding is not None and left < int(self.padding.max()) + self.store.sink_length:
+        if left < int(self.padding.max()) + self._store.sink_length:
             raise ValueError(
                 f"{self.name}: cropping to {left} tokens would cut into the first tokens of a "
                 "left-padded sequence; reset() the cache and run the prompt again"
             )
-        self.store.crop(-tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keeps the sequences `beam_idx` `[B]`, in that order."""

@@ -4,7 +4,7 @@
     header    settings, and what each layer holds, see `cache_header`
     tensors   layers.<i>.*   what layer i holds, buffers cut to the part in use
               ropes.<j>      inv_freq of position embeddings, each once
-              probes.<name>  what fixed codes decode to, one a codec, see `_probe`
+              probes.<name>  what fixed codes decode to, one a codec, see `cache_probe`
 
 Rotations, sketches and codebooks follow from the settings and are not in the file. A change of
 anything that decoding needs is a new format (`cache_file.FORMAT`).
@@ -18,26 +18,30 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, cache_utils
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from rq_hf import cache_file
 from rq_hf.cache import RotorQuantCache
 from rq_hf.cache_file import SAVE_AGAIN, Tensors
 from rq_hf.cache_header import MEANS, PACKED, Header, LayerRecord
+from rq_hf.cache_probe import check_probes, make_codecs, make_probe, probe_name
 from rq_hf.config import RotorQuantConfig
 from rq_hf.layers import RotorQuantLayer
-from rq_hf.packed_states import make_codec
+from rq_hf.model_layers import make_layer
 from rq_hf.quant.preconditioning import Preconditioner
 from rq_hf.quant.rope import RopeTable
-from rq_hf.quant.seeding import generator
 from rq_hf.quant.tiles import TileCodec
+from rq_hf.sliding import RotorQuantSlidingLayer, covers
 from rq_hf.storage import RowBuffer
 
-_HOST_KINDS = {kind.__name__: kind for kind in (DynamicLayer, DynamicSlidingWindowLayer)}
-_PROBED_TOKENS = 8
-# far above float32 rounding of unit vectors, far below the step of a level
-_PROBE_TOLERANCE = 1e-5
+# those that can be saved; what stands for a layer that reads another's states holds nothing, and
+# is older transformers' way not to have it at all
+_HOST_KINDS: dict[str, Any] = {
+    name: getattr(cache_utils, name)
+    for name in ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")
+    if hasattr(cache_utils, name)
+}
 _OTHER_MODEL = "this is another model's cache: load it with the config of the model that filled it"
 
 
@@ -88,9 +92,9 @@ def load_cache(
         try:
             header = Header.parse(text)
             cache = _make_cache(header, config)
-            codecs = _codecs(header)
+            codecs = make_codecs(header)
             _check_tensors(header, codecs, tensors)
-            _check_probes(codecs, tensors)
+            check_probes(codecs, tensors)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         ropes = [RopeTable(tensors[f"ropes.{j}"], known) for j, known in enumerate(header.ropes)]
@@ -119,12 +123,12 @@ def _collect(cache: RotorQuantCache) -> tuple[Header, Tensors]:
         ropes=[table.interleaved for table in ropes],
         grows=cache.layer_class_to_replicate is not None,
     )
-    tensors.update({name: _probe(codec) for name, codec in _codecs(header).items()})
+    tensors.update({name: make_probe(codec) for name, codec in make_codecs(header).items()})
     return header, _separate(tensors)
 
 
 def _describe(index: int, layer: Any, ropes: list[RopeTable]) -> tuple[LayerRecord, Tensors]:
-    if type(layer) is RotorQuantLayer:
+    if isinstance(layer, RotorQuantLayer):
         return _describe_packed(layer, ropes)
     if type(layer) in _HOST_KINDS.values():
         return _describe_host(layer)
@@ -135,10 +139,11 @@ def _describe(index: int, layer: Any, ropes: list[RopeTable]) -> tuple[LayerReco
 
 
 def _describe_packed(layer: RotorQuantLayer, ropes: list[RopeTable]) -> tuple[LayerRecord, Tensors]:
+    sliding = _describe_window(layer)
     rope = _index_of(layer.rope, ropes)
     store = layer.store
     if store is None:
-        return LayerRecord(PACKED, rope=rope), {}
+        return LayerRecord(PACKED, rope=rope, **sliding), {}
     keys, values = store.exact.view()
     records, scales = store.tiles.view()
     statistics, means = layer.statistics, layer.preconditioner
@@ -167,17 +172,25 @@ def _describe_packed(layer: RotorQuantLayer, ropes: list[RopeTable]) -> tuple[La
         tail=store.tail,
         rope=rope,
         mean_rope=None if means is None else _index_of(means.rope, ropes),
+        **sliding,
     )
     return record, own
 
 
-def _describe_host(layer: DynamicLayer) -> tuple[LayerRecord, Tensors]:
-    sliding = {
-        name: getattr(layer, name)
-        for name in ("sliding_window", "cumulative_length", "record_past")
-        if isinstance(layer, DynamicSlidingWindowLayer)
+def _describe_window(layer: Any) -> dict[str, Any]:
+    """Returns the fields of a layer's record that only one with a window has."""
+    if not isinstance(layer, (DynamicSlidingWindowLayer, RotorQuantSlidingLayer)):
+        return {}
+    return {
+        "sliding_window": layer.sliding_window,
+        "cumulative_length": layer.get_seq_length(),
+        "record_past": layer.record_past,
     }
-    keys, values = layer.keys, layer.values
+
+
+def _describe_host(layer: Any) -> tuple[LayerRecord, Tensors]:
+    sliding = _describe_window(layer)
+    keys, values = (getattr(layer, name, None) for name in ("keys", "values"))
     if keys is None or values is None:
         return LayerRecord(type(layer).__name__, **sliding), {}
     # before its first states the layer holds tensors of one dimension
@@ -224,36 +237,13 @@ def _separate(tensors: Tensors) -> Tensors:
     return result
 
 
-def _codecs(header: Header) -> dict[str, TileCodec]:
-    """Returns every codec that the layers use, by the name of its probe."""
-    codings = [header.coding(i) for i in range(len(header.layers))]
-    return {_probe_name(*x): make_codec(*x) for x in codings if x is not None}
-
-
-def _probe_name(settings: RotorQuantConfig, head_dim: int) -> str:
-    return f"probes.{head_dim}.{settings.key_bits}.{settings.value_bits}"
-
-
-def _probe(codec: TileCodec) -> Tensor:
-    """Returns what arbitrary codes of scale 1 decode to: keys and values, float32 `[2, 8, D]`.
-
-    Stored, it tells whether the reader's rotations, codebooks and bit order are the writer's.
-    """
-    layout = codec.layout
-    shape = (1, 1, 1, layout.record_words)
-    words = torch.randint(-(2**31), 2**31, shape, generator=generator(0, "probe"))
-    scales = torch.ones(1, 1, 1, layout.scale_rows, layout.tile_length, dtype=torch.float16)
-    states = codec.decode(words.to(torch.int32), scales)
-    return torch.cat(states, 1)[0, :, :_PROBED_TOKENS]
-
-
 def _check_tensors(header: Header, codecs: dict[str, TileCodec], tensors: Tensors) -> None:
     """Refuses tensors that are not those the header lists."""
     expected = {f"ropes.{j}" for j in range(len(header.ropes))}
     expected |= set(codecs)
     for i, record in enumerate(header.layers):
         coding = header.coding(i)
-        layout = None if coding is None else codecs[_probe_name(*coding)].layout
+        layout = None if coding is None else codecs[probe_name(*coding)].layout
         forms = dict(record.forms(layout))
         for name in record.tensors:
             full = f"layers.{i}.{name}"
@@ -272,18 +262,6 @@ def _form(tensor: Tensor) -> tuple[str | int, ...]:
     return (_dtype_name(tensor), *tensor.shape)
 
 
-def _check_probes(codecs: dict[str, TileCodec], tensors: Tensors) -> None:
-    """Refuses codes that would decode to something else than they did for their writer."""
-    for name, codec in codecs.items():
-        mine, stored = _probe(codec), tensors[name]
-        if mine.shape != stored.shape or (mine - stored).abs().max() > _PROBE_TOLERANCE:
-            raise ValueError(
-                "the cache was packed with other rotations or codebooks than are made here, so it "
-                "would decode to something else; load it with the version that saved it, and "
-                "rebuild codebooks that are not the package's own (rq-hf codebooks clear)"
-            )
-
-
 def _make_cache(header: Header, config: PreTrainedConfig | None) -> RotorQuantCache:
     """Returns a cache of empty layers: those of the model, or those that the header describes."""
     if config is not None:
@@ -298,12 +276,13 @@ def _make_cache(header: Header, config: PreTrainedConfig | None) -> RotorQuantCa
 
 
 def _make_layer(index: int, record: LayerRecord, settings: RotorQuantConfig) -> Any:
-    own = settings.for_layer(index)
+    own, window = settings.for_layer(index), record.sliding_window
     if record.kind == PACKED and own is not None:
-        return RotorQuantLayer(own, index)
+        if window is not None and covers(own, window):
+            raise ValueError(f"layer {index} is packed, but its window fits the exact tail")
+        return make_layer(settings, index, sliding_window=window)
     if record.kind not in _HOST_KINDS:
         raise ValueError(f"layer {index} is of an unknown kind, {record.kind!r}")
-    window = record.sliding_window
     return _HOST_KINDS[record.kind](**({} if window is None else {"sliding_window": window}))
 
 
@@ -313,20 +292,21 @@ def _check_model(header: Header, cache: RotorQuantCache, config: PreTrainedConfi
     if held != told:
         raise ValueError(f"the file holds {held} layers, the model has {told}; {_OTHER_MODEL}")
     for i, (record, layer) in enumerate(zip(header.layers, cache.layers, strict=True)):
-        for name, mine, models in _facts(record, layer, _layer_config(config, i)):
+        # a config of such a model does not tell the sizes of all its layers
+        sized = cache.exact_because is None
+        for name, mine, models in _facts(record, layer, _layer_config(config, i), sized):
             if mine != models:
                 raise ValueError(
                     f"the {name} of layer {i} is {mine}, the model's is {models}; {_OTHER_MODEL}"
                 )
 
 
-def _facts(record: LayerRecord, layer: Any, config: Any) -> list[tuple[str, Any, Any]]:
+def _facts(record: LayerRecord, layer: Any, config: Any, sized: bool) -> list[tuple[str, Any, Any]]:
     """Returns what a layer and the model have to agree in: name, the layer's, the model's."""
     kind = PACKED if isinstance(layer, RotorQuantLayer) else type(layer).__name__
     window = getattr(layer, "sliding_window", None)
     facts = [("kind", record.kind, kind), ("window", record.sliding_window, window)]
-    # the exact layers of latent attention hold other sizes than the config names
-    if record.batch and record.kind != DynamicLayer.__name__:
+    if sized and record.batch and record.kind != DynamicLayer.__name__:
         sizes = {"num_key_value_heads": record.kv_heads, "head_dim": record.head_dim}
         for name, size in sizes.items():
             models = getattr(config, name, None)
@@ -361,6 +341,8 @@ def _fill_packed(
     layer: RotorQuantLayer, record: LayerRecord, own: Tensors, ropes: list[RopeTable]
 ) -> None:
     layer.rope = None if record.rope is None else ropes[record.rope]
+    if isinstance(layer, RotorQuantSlidingLayer):
+        layer.record_past = record.record_past
     if not own:
         return
     layer.lazy_initialization(own["keys"], own["values"])
@@ -368,6 +350,7 @@ def _fill_packed(
     layer.store.exact = _buffer(own["keys"], own["values"])
     layer.store.tiles = _buffer(own["records"], own["scales"])
     layer.store.packed_length = record.packed_length
+    layer.store.dropped = record.dropped
     layer.statistics.total = own.get("query_total")
     layer.statistics.count = own.get("query_count")
     layer.statistics.padding = own.get("query_padding")

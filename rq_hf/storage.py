@@ -7,7 +7,8 @@ The tokens of a sequence lie, oldest first, in
 
 Sinks and tail share one buffer, sinks first. Only the last tile may hold fewer than T tokens: it
 was cut open by a crop, or sealed early. Every buffer has rows for a whole batch, so all sequences
-of a batch have the same length; padding counts as tokens.
+of a batch have the same length; padding counts as tokens. A store without sinks may drop its oldest
+tiles; it then begins at the token of index `dropped`.
 """
 
 from __future__ import annotations
@@ -57,6 +58,12 @@ class RowBuffer:
             new[:, :, : self.length] = old[:, :, : self.length]
             self.tensors[i] = new
 
+    def drop(self, rows: int) -> None:
+        """Drops the oldest `rows` rows. The others are copied, so views of any stay as they are."""
+        kept = RowBuffer(*(tensor[:, :, :0] for tensor in self.tensors))
+        kept.append(*self.view(rows))
+        self.tensors, self.length = kept.tensors, kept.length
+
     def view(self, start: int = 0, stop: int | None = None) -> list[Tensor]:
         """Returns views of rows `start` to `stop` (the last used row if None)."""
         stop = self.length if stop is None else stop
@@ -78,6 +85,7 @@ class LayerStore:
         self.exact = exact
         self.tiles = tiles
         self.packed_length = 0
+        self.dropped = 0
 
     @property
     def sinks(self) -> int:
@@ -120,6 +128,19 @@ class LayerStore:
         exact.reserve(keys.shape[2] + self.tile_length)
         exact.append(keys, values)
         self.exact = exact
+
+    def drop(self, tokens: int) -> None:
+        """Drops the oldest `tokens` tokens, which are whole tiles of a store without sinks."""
+        assert self.sink_length == 0 and tokens % self.tile_length == 0
+        self.tiles.drop(tokens // self.tile_length)
+        self.packed_length -= tokens
+        self.dropped += tokens
+
+    def skip(self, tokens: int) -> None:
+        """Drops all packed tokens, and as many of the next that will never be packed."""
+        self.tiles.drop(self.tiles.length)
+        self.dropped += self.packed_length + tokens
+        self.packed_length = 0
 
     def crop(self, tokens: int) -> None:
         """Drops the newest `tokens` tokens. What stays keeps its codes bit for bit."""

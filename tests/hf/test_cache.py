@@ -109,12 +109,28 @@ def test_layers_of_other_kinds_keep_the_hosts_classes() -> None:
 
 def test_latent_attention_stays_exact_with_a_warning() -> None:
     model = make_model("deepseek-v2")
-    with pytest.warns(UserWarning, match="latent attention is cached exactly"):
+    with pytest.warns(
+        UserWarning, match="latents .* are compressed already: all layers stay exact"
+    ):
         cache = RotorQuantCache(config=model.config)
     assert cache.packed_layers == []
     tokens = make_tokens(200)
     mine = generate(model, tokens, cache)
     assert torch.equal(mine, generate(model, tokens, DynamicCache(config=model.config)))
+
+
+def test_values_of_another_size_than_keys_stay_exact_with_a_warning() -> None:
+    model = make_model("mimo-v2-flash")
+    with pytest.warns(UserWarning, match="keys have 64 numbers a head and values 32, .* exact"):
+        cache = RotorQuantCache(config=model.config, sliding="packed")
+    tokens = make_tokens(200)
+    mine = generate(model, tokens, cache)
+    assert torch.equal(mine, generate(model, tokens, DynamicCache(config=model.config)))
+    assert cache.describe().splitlines() == [
+        "layer 0: exact (DynamicLayer)",
+        "layer 1: exact (DynamicSlidingWindowLayer, window 160)",
+        "nothing is packed: keys have 64 numbers a head and values 32, which tiles do not take",
+    ]
 
 
 def test_encoder_decoder_takes_a_pair_and_refuses_one() -> None:

@@ -22,8 +22,15 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from rq_hf import RotorQuantCache, RotorQuantConfig
 from rq_hf.layers import RotorQuantLayer
+from rq_hf.sliding import RotorQuantSlidingLayer
 
-SETTINGS: dict[str, Any] = {"nbits": 3, "residual_length": 32, "sink_length": 4}
+SETTINGS: dict[str, Any] = {
+    "nbits": 3,
+    "residual_length": 32,
+    "sink_length": 4,
+    # windows of 32 tokens fit the tail and stay exact
+    "sliding": "packed",
+}
 # 128 tokens leave the tail after the prompt, and again at the 292nd token
 PIECES = (245, 40, 3, *[1] * 8)
 PADDING = 100
@@ -58,15 +65,21 @@ FUSED = {
     "qwen2-sliding": Fused(packed=(0,)),
     "qwen3": Fused(),
     "mistral": Fused(),
+    "mistral-window": Fused(),
     "ministral": Fused(SECOND),
     "gemma": Fused(),
     "gemma2": Fused(SECOND, EAGER),
+    "gemma2-window": Fused(attention=EAGER),
     "gemma3": Fused(SECOND),
+    "gemma3-window": Fused(),
     "gemma3n": Fused(SECOND, readers=2),
+    "gemma3n-window": Fused(readers=2),
     "gemma4": Fused(SECOND, readers=2),
     "vaultgemma": Fused(SECOND, EAGER),
     "gpt-oss": Fused(SECOND, EAGER),
+    "gpt-oss-window": Fused(attention=EAGER),
     "llama4": Fused(SECOND),
+    "llama4-window": Fused(),
     "phi": Fused(),
     "phi3": Fused(),
     "phimoe": Fused(),
@@ -164,7 +177,8 @@ DECODED = {
 }
 
 EXACT = {
-    "mistral-sliding": "all its layers have a window",
+    "mistral-sliding": "all its layers have a window that fits the tail",
+    "mimo-v2-flash": "values of another size than the keys",
     "deepseek-v2": "latents, which are compressed already",
     "deepseek-v3": "latents, which are compressed already",
     "falcon-h1": "attention and a state in one layer",
@@ -240,7 +254,8 @@ def packed(cache: RotorQuantCache) -> tuple[int, ...]:
 def assert_packed_and_fused(cache: RotorQuantCache, expected: Fused, attention: str) -> None:
     assert packed(cache) == expected.packed
     for layer in cache.packed_layers:
-        assert layer.store.packed_length == 256
+        dropped = 128 if isinstance(layer, RotorQuantSlidingLayer) else 0
+        assert (layer.store.dropped, layer.store.packed_length) == (dropped, 256 - dropped)
         pieces = len(PIECES) - 1
         readers = expected.readers
         assert layer.calls == {"prompt": readers, attention: readers * pieces}
@@ -351,6 +366,11 @@ def test_encoder_decoder_pairs(family: str, attention: str, cross_packed: bool) 
     cross = RotorQuantCache(**SETTINGS) if cross_packed else None
     with recorded() as recording:
         logits = run_decoder(model, EncoderDecoderCache(mine, cross or DynamicCache()))
+    pieces = len(PIECES) - 1
+    cross_calls = [
+        (layer.calls["keys decoded"], layer.calls["values decoded"]) == (pieces, pieces)
+        for layer in (cross.packed_layers if cross else [])
+    ]
     twins = [make_replay(cache, recording) if cache else DynamicCache() for cache in (mine, cross)]
     expected = run_decoder(model, EncoderDecoderCache(*twins), cross)
     assert not recording.states
@@ -360,4 +380,5 @@ def test_encoder_decoder_pairs(family: str, attention: str, cross_packed: bool) 
     assert error(logits[:, after:], unquantised[:, after:]) > 1e-3
     assert_packed_and_fused(mine, Fused(), attention)
     if cross:
+        assert all(cross_calls)
         assert [layer.store.packed_length for layer in cross.packed_layers] == [128, 128]

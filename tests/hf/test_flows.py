@@ -15,7 +15,16 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from support.flows import FAMILIES, LENGTH, NEW, PADDING, assert_close, generate, make_cache
+from support.flows import (
+    FAMILIES,
+    LENGTH,
+    NEW,
+    PADDING,
+    assert_close,
+    generate,
+    make_cache,
+    packed_tokens,
+)
 from support.models import make_model, make_tokens
 from support.replay import run_with_twin
 from torch import Tensor
@@ -48,9 +57,7 @@ def assert_as_twin(
     mine, theirs = run_with_twin(cache, lambda cache: flow(model, cache))
     assert torch.equal(mine.sequences, theirs.sequences)
     assert_close(torch.stack(mine.logits), torch.stack(theirs.logits))
-    assert [layer.store.packed_length for layer in cache.packed_layers] == [
-        packed for _ in cache.packed_layers
-    ]
+    assert packed_tokens(cache) == {packed}
     assert not any(door.startswith("decoded") for x in cache.packed_layers for door in x.calls)
     return mine
 
@@ -101,12 +108,12 @@ def test_rejected_tokens_may_be_packed_already(model: PreTrainedModel, nbits: in
             logits.append(model(tokens, past_key_values=cache).logits[0])
             cache.crop(-rejected)
             if rejected == 9 and isinstance(cache, RotorQuantCache):
-                assert {layer.store.packed_length for layer in cache.packed_layers} == {251}
+                assert packed_tokens(cache) == {251}
         return torch.cat(logits)
 
     mine, theirs = run_with_twin(cache, flow)
     assert_close(mine, theirs)
-    assert {layer.store.packed_length for layer in cache.packed_layers} == {256}
+    assert packed_tokens(cache) == {256}
 
 
 def test_sequences_change_places(model: PreTrainedModel) -> None:
@@ -123,7 +130,7 @@ def test_sequences_change_places(model: PreTrainedModel) -> None:
     cache = make_cache(model)
     mine, theirs = run_with_twin(cache, flow)
     assert_close(mine, theirs)
-    assert {layer.store.packed_length for layer in cache.packed_layers} == {256}
+    assert packed_tokens(cache) == {256}
 
 
 def make_assistant(model: PreTrainedModel) -> PreTrainedModel:
@@ -227,7 +234,7 @@ def test_candidates_are_tried_side_by_side_and_one_is_kept(model: PreTrainedMode
     cache = make_cache(model)
     mine, theirs = run_with_twin(cache, lambda cache: flow(model, cache))
     assert_close(mine, theirs)
-    assert cache.packed_layers[0].store.packed_length == 256
+    assert packed_tokens(cache) == {256}
 
 
 def test_reset_and_reuse_with_another_batch_size(model: PreTrainedModel) -> None:
@@ -284,6 +291,10 @@ def test_attention_weights_come_back(model: PreTrainedModel) -> None:
     ):
         assert weights[-1].shape[-1] == LENGTH + step
         for layer, expected_layer in zip(weights, expected, strict=True):
+            # behind a window a packed layer may still show tokens that the host has dropped
+            older = layer.shape[-1] - expected_layer.shape[-1]
+            assert not layer[..., :older].any()
+            layer = layer[..., older:]
             torch.testing.assert_close(layer, expected_layer, rtol=1e-4, atol=1e-5)
             rows = layer.sum(-1)
             torch.testing.assert_close(rows, torch.ones_like(rows))
@@ -310,5 +321,5 @@ def test_text_generation_pipeline(saved_model: Path, texts: int) -> None:
     first = mine[0] if texts == 1 else mine[0][0]
     assert first["generated_text"].startswith(prompts[0])
     assert len(first["generated_text"]) > len(prompts[0])
-    assert cache.packed_layers[0].store.packed_length == 256
+    assert packed_tokens(cache) == {256}
     assert cache.packed_layers[0].store.exact.tensors[0].shape[0] == texts

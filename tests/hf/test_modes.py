@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from support.flows import FAMILIES, LENGTH, NEW, assert_close, generate, make_cache
+from support.flows import (
+    FAMILIES,
+    LENGTH,
+    NEW,
+    assert_close,
+    generate,
+    make_cache,
+    packed_tokens,
+)
 from support.models import make_model, make_tokens
 from support.replay import Recording, make_replay, recorded, run_with_twin
 from torch import Tensor
@@ -35,7 +43,9 @@ def test_a_prompt_in_grad_mode_has_its_gradients_and_fills_the_cache(
     mine = gradients(model, cache)
     expected = gradients(model, DynamicCache(config=model.config))
     assert len(mine) == len(expected) > 0
-    assert all(torch.equal(a, b) for a, b in zip(mine, expected, strict=True))
+    for a, b in zip(mine, expected, strict=True):
+        # where there is a mask the host repeats heads, and sums their gradients in another order
+        assert_close(a, b)
     assert not any(t.requires_grad for x in cache.packed_layers for t in x.store.tensors())
     turn = torch.cat((make_tokens(LENGTH), make_tokens(50, seed=1)), 1)
     without_gradients = make_cache(model)
@@ -72,10 +82,21 @@ def test_inference_mode_then_no_grad(model: PreTrainedModel) -> None:
         with mode:
             model(more, past_key_values=cache)
         output = generate(model, torch.cat((tokens, more, more, more), 1), cache)
-        assert cache.packed_layers[0].store.packed_length == 256
+        assert packed_tokens(cache) == {256}
         return output.sequences
 
     assert torch.equal(flow(torch.inference_mode()), flow(torch.no_grad()))
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo does not know")
+def test_a_compiled_model_gives_the_same_tokens() -> None:
+    model = make_model("llama", num_hidden_layers=1)
+    tokens, options = make_tokens(165), {"max_new_tokens": 4}
+    expected = generate(model, tokens, make_cache(model), **options)
+    model.forward = torch.compile(model.forward, backend="eager")
+    cache = make_cache(model)
+    assert torch.equal(generate(model, tokens, cache, **options).sequences, expected.sequences)
+    assert packed_tokens(cache) == {128}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

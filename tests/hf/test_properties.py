@@ -27,10 +27,14 @@ from rq_hf.handle import Handle
 from rq_hf.layers import RotorQuantLayer
 from rq_hf.quant.rope import RopeTable
 from rq_hf.serialization import load_cache, save_cache
+from rq_hf.sliding import RotorQuantSlidingLayer
 
 EXAMPLES = os.environ.get("RQ_HF_EXAMPLES")
 LONGEST = 800  # tokens that a sequence grows to
 LARGEST_BATCH = 4
+# longer than any tail
+WINDOWS = st.sampled_from([None, None, 130, 161, 300])
+DROPPED_AT_ONCE = 128
 MEANS = ("pre_mean", "post_mean", "balance", "value_mean")
 
 CONFIGS = st.builds(
@@ -57,10 +61,10 @@ QUERIED = st.sampled_from([True, True, False])
 BLIND = st.sampled_from([False, False, True])
 
 
-def causal_mask(new: int, total: int, padding: Tensor | None) -> Tensor:
+def causal_mask(new: int, total: int, padding: Tensor | None, window: int | None) -> Tensor:
     """True where query j of `new` sees token n of `total`, `[B | 1, 1, new, total]`."""
-    index = torch.arange(total)
-    mask = (index <= torch.arange(total - new, total)[:, None])[None, None]
+    index, own = torch.arange(total), torch.arange(total - new, total)[:, None]
+    mask = ((index <= own) & (index > own - (window or total)))[None, None]
     return mask if padding is None else mask & (index >= padding[:, None, None, None])
 
 
@@ -69,6 +73,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @initialize(
         config=CONFIGS,
+        window=WINDOWS,
         head_dim=st.sampled_from([16, 64, 64, 80, 128]),
         heads=st.sampled_from([(1, 1), (2, 1), (1, 3), (2, 2)]),
         dtype=st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16]),
@@ -79,6 +84,7 @@ class CacheMachine(RuleBasedStateMachine):
     def start(
         self,
         config: RotorQuantConfig,
+        window: int | None,
         head_dim: int,
         heads: tuple[int, int],
         dtype: torch.dtype,
@@ -86,20 +92,25 @@ class CacheMachine(RuleBasedStateMachine):
         interleaved: bool | None,
         seed: int,
     ) -> None:
-        self.config, self.dtype = config, dtype
+        self.window, self.dtype = window, dtype
         self.head_dim, self.heads, self.group = head_dim, *heads
         inv_freq = 100.0 ** -torch.linspace(0, 1, head_dim // 2)
         self.rope = RopeTable(inv_freq, interleaved)
         generator = torch.Generator().manual_seed(seed)
         self.bias = 2.0 * biased * torch.randn(2, self.heads, 1, head_dim, generator=generator)
         self.cache = RotorQuantCache(quantization=config)
-        self.cache._append_layers(1)
+        if window is None:
+            self.cache._append_layers(1)
+        else:
+            self.cache.layers.append(RotorQuantSlidingLayer(config, window))
         self.layer.rope = self.rope
-        self.oracle = OracleLayer(config)
+        # a window has no sinks
+        self.config = self.layer.config
+        self.oracle = OracleLayer(self.config)
         self.batch = 0
         self.padding: Tensor | None = None
         self.means: dict[str, Tensor] | None = None
-        self.handles: tuple[Any, tuple[Tensor, Tensor]] | None = None
+        self.handles: tuple[Any, tuple[Tensor, Tensor], int] | None = None
         self.copies: list[tuple[RotorQuantCache, Tensor | None, Tensor | None]] = []
 
     @property
@@ -145,22 +156,35 @@ class CacheMachine(RuleBasedStateMachine):
                 self.padding = torch.zeros(batch, dtype=torch.long)
                 self.padding[0] = padding
         key, value = self.make_states(count, generator)
+        offset = self.check_mask_sizes(count)
         returned = self.cache.update(key, value, 0)
+        assert returned[0].shape[2] == start + count - offset
         answer = None
         if queried and isinstance(returned[0], Handle):
             shape = (self.batch, self.heads * self.group, count, self.head_dim)
             query = torch.randn(shape, generator=generator).to(self.dtype)
-            mask = causal_mask(count, start + count, self.padding)
+            mask = causal_mask(count, start + count, self.padding, self.window)[..., offset:]
             answer = F.scaled_dot_product_attention(query, *returned, mask, enable_gqa=True)
         self.take_statistics()
-        expected = self.oracle.update(key, value)
+        key, value = self.oracle.update(key, value)
+        expected = (key[:, :, offset:], value[:, :, offset:])
         self.check_handles()
         if answer is not None:
             self.check_attention(answer, query, expected, mask)
-            self.handles = (returned, expected)
+            self.handles = (returned, expected, self.length)
         elif not isinstance(returned[0], Handle) and (start or not self.config.strict):
             self.assert_rows(returned, expected)
         self.check(blind)
+
+    def check_mask_sizes(self, count: int) -> int:
+        """Returns where the keys that `count` new tokens will see begin."""
+        length, offset = self.layer.get_mask_sizes(count)
+        assert length + offset == self.length + count
+        in_window = max(0, self.length - self.window + 1) if self.window else 0
+        assert offset <= in_window
+        if self.window and not self.layer.record_past:
+            assert in_window - offset < DROPPED_AT_ONCE
+        return offset
 
     def make_states(self, count: int, generator: torch.Generator) -> list[Tensor]:
         shape = (2, self.batch, self.heads, count, self.head_dim)
@@ -196,8 +220,8 @@ class CacheMachine(RuleBasedStateMachine):
     def check_handles(self) -> None:
         """What handles stand for stays as it was, whatever is stored after them."""
         if self.handles is not None:
-            returned, expected = self.handles
-            self.assert_rows([x.dense() for x in returned], expected)
+            returned, expected, length = self.handles
+            self.assert_rows([x.dense() for x in returned], expected, length)
             self.handles = None
 
     @precondition(lambda self: self.length)
@@ -205,29 +229,45 @@ class CacheMachine(RuleBasedStateMachine):
     def crop(self, removed: int, blind: bool) -> None:
         self.handles = None
         left = self.length - removed
-        if self.padding is not None and left > 0:
-            self.layer.settle()
-            if left < int(self.padding.max()) + self.config.sink_length:
-                if self.layer.padding is None:
-                    return
-                try:
-                    self.cache.crop(-removed)
-                    raise AssertionError("cropped into the sinks of a padded sequence")
-                except ValueError:
-                    self.check(False)
-                    return
         self.layer.settle()
-        store = self.layer.store
+        if self.window and left > 0 and self.dropped > max(0, left - self.window + 1):
+            self.assert_refused(removed)
+            return
+        padding = 0 if self.padding is None else int(self.padding.max())
+        if padding and 0 < left < padding + self.config.sink_length:
+            if self.layer.padding is not None:
+                self.assert_refused(removed)
+            return
+        store, dropped = self.layer.store, self.dropped
         before = [x.clone() for x in store.tiles.view()] if store is not None else []
         self.cache.crop(-removed)
         if left > 0:
             self.oracle.crop(-removed)
-            kept = store.tiles.length
+            first = (self.dropped - dropped) // store.tile_length
+            last = first + store.tiles.length
             for old, new in zip(before, store.tiles.view(), strict=True):
-                assert torch.equal(old[:, :, :kept], new)
+                assert torch.equal(old[:, :, first:last], new)
         else:
             self.forget()
         self.check(blind)
+
+    def assert_refused(self, removed: int) -> None:
+        """Sinks of padded sequences, or tokens that left the window, would be missing."""
+        try:
+            self.cache.crop(-removed)
+        except ValueError:
+            self.check(False)
+        else:
+            raise AssertionError("cropped to a place that is gone")
+
+    @property
+    def dropped(self) -> int:
+        return 0 if self.layer.store is None else self.layer.store.dropped
+
+    @precondition(lambda self: self.window)
+    @rule()
+    def record_the_past(self) -> None:
+        self.cache.activate_past_recording()
 
     @precondition(lambda self: self.length > LONGEST // 2)
     @rule()
@@ -319,25 +359,34 @@ class CacheMachine(RuleBasedStateMachine):
             return
         rows = (self.layer.keys, self.layer.values)
         self.take_statistics()
-        self.assert_rows(rows, self.oracle.read())
+        assert rows[0].shape[2] == self.length - self.dropped
+        self.assert_rows(rows, [x[:, :, self.dropped :] for x in self.oracle.read()])
         self.check_store()
 
     def check_store(self) -> None:
         """As many tokens are packed as there are whole tiles of."""
         store = self.layer.store
         assert store is not None
-        assert store.packed_length == self.oracle.packed
+        assert store.dropped + store.packed_length == self.oracle.packed
         assert store.tiles.length == -(-store.packed_length // store.tile_length)
         limit = 1 if self.config.strict else self.config.residual_length + store.tile_length
         assert store.tail + store.open_tokens * (not self.config.strict) < limit
 
-    def assert_rows(self, mine: Any, theirs: Any) -> None:
-        """Both have the same rows, but for rounding; padding does not count."""
+    def assert_rows(self, mine: Any, theirs: Any, length: int | None = None) -> None:
+        """Both have the same rows, but for rounding; padding does not count.
+
+        Args:
+            mine: Keys and values.
+            theirs: The same.
+            length: Of the sequence that they are the newest of, if not the present one.
+        """
         eps = torch.finfo(self.dtype).eps
         for a, b in zip(mine, theirs, strict=True):
             assert a.shape == b.shape and a.dtype == b.dtype
             if self.padding is not None:
-                hidden = torch.arange(a.shape[2]) < self.padding[:, None]
+                end = self.length if length is None else length
+                index = torch.arange(end - a.shape[2], end)
+                hidden = index < self.padding[:, None]
                 a, b = (x.masked_fill(hidden[:, None, :, None], 0) for x in (a, b))
             # half types: numbers of float32 that differ in rounding may fall to both sides
             tolerance = 1e-5 if self.dtype == torch.float32 else eps

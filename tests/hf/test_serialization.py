@@ -128,6 +128,22 @@ CASES: dict[str, tuple[Any, torch.dtype, dict[str, Any], int, int, int, int]] = 
 }
 
 
+@pytest.mark.parametrize("family", ["gemma3n-window", "gemma4", "mimo-v2-flash"])
+@pytest.mark.parametrize("with_config", [True, False], ids=["config", "alone"])
+@pytest.mark.filterwarnings("ignore:keys have")
+def test_models_with_unusual_layers(family: str, with_config: bool, tmp_path: Path) -> None:
+    """Some layers read the states of others, or values have another size than keys."""
+    model = make_model(family)
+    cache = RotorQuantCache(config=model.config, residual_length=32, sliding="packed")
+    run(model, cache, make_tokens(300))
+    save_cache(cache, tmp_path / "cache")
+    loaded = load_cache(tmp_path / "cache", model.config if with_config else None)
+    for seed, count in enumerate((1, 40, 1)):
+        tokens = make_tokens(count, seed=seed)
+        assert torch.equal(run(model, cache, tokens), run(model, loaded, tokens))
+    assert loaded.get_seq_length() == 342
+
+
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("with_config", [True, False], ids=["config", "alone"])
 def test_loaded_continues_to_the_bit(name: str, with_config: bool, tmp_path: Path) -> None:

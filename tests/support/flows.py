@@ -12,8 +12,13 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from rq_hf import RotorQuantCache
 
-FAMILIES = ["llama", "gemma3", "qwen3"]
-SETTINGS: dict[str, Any] = {"nbits": 3, "residual_length": 32, "sink_length": 4}
+FAMILIES = ["llama", "gemma3", "gemma3-window", "qwen3"]
+SETTINGS: dict[str, Any] = {
+    "nbits": 3,
+    "residual_length": 32,
+    "sink_length": 4,
+    "sliding": "packed",
+}
 # one tile leaves the tail of a prompt of LENGTH tokens, a second one while NEW tokens come
 LENGTH, NEW = 285, 12
 PADDING = 100
@@ -23,6 +28,12 @@ TOLERANCE = 2e-5
 
 def make_cache(model: PreTrainedModel, **settings: Any) -> RotorQuantCache:
     return RotorQuantCache(config=model.config, **(SETTINGS | settings))
+
+
+def packed_tokens(cache: RotorQuantCache) -> set[int]:
+    """Returns how many tokens each layer has packed, those since dropped by a window included."""
+    stores = [layer.store for layer in cache.packed_layers]
+    return {store.dropped + store.packed_length for store in stores}
 
 
 def generate(

@@ -63,6 +63,8 @@ VISION: dict[str, Any] = {
 
 WIDE = {"hidden_size": 128}
 WINDOW = {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"]}
+# longer than the exact tail of the tests' caches
+LONG_WINDOW = {**WINDOW, "sliding_window": 160}
 LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
 DELTA = {
     **LINEAR,
@@ -99,10 +101,18 @@ SHARED = {
     "hidden_size_per_layer_input": 16,
     "vocab_size_per_layer_input": VOCABULARY,
 }
+CHUNKED = {
+    "head_dim": 64,
+    "intermediate_size_mlp": 96,
+    "num_local_experts": 2,
+    "attention_chunk_size": 32,
+    "no_rope_layers": [1, 0],
+    "interleave_moe_layer_step": 2,
+}
 DEFAULT_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}}
 
 
-Maker = Callable[[], PreTrainedModel]
+Maker = Callable[..., PreTrainedModel]
 
 
 def _decoder(model_type: str, *groups: dict[str, Any], **single: Any) -> Maker:
@@ -112,7 +122,8 @@ def _decoder(model_type: str, *groups: dict[str, Any], **single: Any) -> Maker:
 
 def _causal(model_type: str, *groups: dict[str, Any]) -> Maker:
     options = {name: value for group in groups for name, value in group.items()}
-    return lambda: AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**options))
+    config = CONFIG_MAPPING[model_type]
+    return lambda **changes: AutoModelForCausalLM.from_config(config(**(options | changes)))
 
 
 def _of_class(name: str, *groups: dict[str, Any]) -> Maker:
@@ -153,10 +164,13 @@ DECODERS: dict[str, Maker] = {
     "qwen3": _decoder("qwen3", head_dim=32),
     "mistral": _decoder("mistral", head_dim=64, sliding_window=None),
     "mistral-sliding": _decoder("mistral", head_dim=64, sliding_window=32),
+    "mistral-window": _decoder("mistral", head_dim=64, sliding_window=160),
     "ministral": _decoder("ministral", WINDOW, head_dim=64),
     "gemma": _decoder("gemma", head_dim=128),
     "gemma2": _decoder("gemma2", head_dim=64, sliding_window=32, query_pre_attn_scalar=64),
+    "gemma2-window": _decoder("gemma2", head_dim=64, sliding_window=160, query_pre_attn_scalar=64),
     "gemma3": _decoder("gemma3_text", WINDOW, head_dim=64),
+    "gemma3-window": _decoder("gemma3_text", LONG_WINDOW, head_dim=64),
     "gemma3n": _decoder(
         "gemma3n_text",
         SHARED,
@@ -165,18 +179,20 @@ DECODERS: dict[str, Maker] = {
         laurel_rank=8,
         activation_sparsity_pattern=[0.0] * 4,
     ),
+    "gemma3n-window": _decoder(
+        "gemma3n_text",
+        {**SHARED, "sliding_window": 160},
+        head_dim=64,
+        altup_num_inputs=2,
+        laurel_rank=8,
+        activation_sparsity_pattern=[0.0] * 4,
+    ),
     "gemma4": _decoder("gemma4_text", SHARED, head_dim=64, global_head_dim=64),
     "vaultgemma": _decoder("vaultgemma", WINDOW, head_dim=64, query_pre_attn_scalar=64),
     "gpt-oss": _decoder("gpt_oss", WINDOW, LOCAL_EXPERTS, DEFAULT_ROPE, head_dim=64),
-    "llama4": _decoder(
-        "llama4_text",
-        head_dim=64,
-        intermediate_size_mlp=96,
-        num_local_experts=2,
-        attention_chunk_size=32,
-        no_rope_layers=[1, 0],
-        interleave_moe_layer_step=2,
-    ),
+    "gpt-oss-window": _decoder("gpt_oss", LONG_WINDOW, LOCAL_EXPERTS, DEFAULT_ROPE, head_dim=64),
+    "llama4": _decoder("llama4_text", CHUNKED),
+    "llama4-window": _decoder("llama4_text", {**CHUNKED, "attention_chunk_size": 160}),
     "phi": _decoder("phi", WIDE),
     "phi3": _decoder("phi3", WIDE),
     "phimoe": _decoder("phimoe", WIDE, num_local_experts=2),
@@ -278,6 +294,14 @@ DECODERS: dict[str, Maker] = {
         chunk_size=32,
     ),
     "falcon-h1": _decoder("falcon_h1", {**MAMBA, "mamba_d_head": 16}, mamba_d_ssm=128, head_dim=32),
+    "mimo-v2-flash": _decoder(
+        "mimo_v2_flash",
+        ROUTED_EXPERTS,
+        head_dim=64,
+        v_head_dim=32,
+        sliding_window=160,
+        layer_types=["full_attention", "sliding_attention"],
+    ),
     "deepseek-v2": _decoder("deepseek_v2", LATENT),
     "deepseek-v3": _decoder("deepseek_v3", LATENT),
     "llava": _with_vision(
@@ -300,11 +324,17 @@ ENCODER_DECODERS: dict[str, Maker] = {
 FAMILIES = DECODERS | ENCODER_DECODERS
 
 
-def make_model(family: str, seed: int = 0) -> PreTrainedModel:
-    """Returns a tiny random model in evaluation mode; weights large enough to give varied text."""
+def make_model(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """Returns a tiny random model in evaluation mode; weights large enough to give varied text.
+
+    Args:
+        family: Name in `FAMILIES`.
+        seed: Of the weights.
+        **changes: Other options of a decoder's config.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = FAMILIES[family]()
+        model = FAMILIES[family](**changes)
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 torch.nn.init.normal_(parameter, std=0.15)

@@ -21,10 +21,11 @@ from typing import Any, TypeVar
 from unittest.mock import patch
 
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from rq_hf.handle import Handle
 from rq_hf.layers import RotorQuantLayer
+from rq_hf.sliding import RotorQuantSlidingLayer
 from rq_hf.sources import PromptSource, ViewSource
 
 Result = TypeVar("Result")
@@ -85,11 +86,41 @@ class ReplayLayer(DynamicLayer):
     ) -> tuple[Tensor, Tensor]:
         """Returns the recorded keys and values `[B, Hk, n, D]`."""
         exact = super().update(key_states, value_states)
-        decoded = self.recording.states.popleft()
-        for mine, theirs in zip(exact, decoded, strict=True):
-            assert mine.shape == theirs.shape
-            assert _relative_error(theirs, mine) < self.tolerance
-        return decoded[0].to(key_states.dtype), decoded[1].to(value_states.dtype)
+        return _replay(self.recording, exact, self.tolerance)
+
+
+class ReplaySlidingLayer(DynamicSlidingWindowLayer):
+    """The same, for the host's own window: of the recorded rows it hands out the newest.
+
+    Args:
+        recording: Of a run with the same calls.
+        tolerance: As for `ReplayLayer`.
+        sliding_window: The window.
+    """
+
+    def __init__(self, recording: Recording, tolerance: float, sliding_window: int) -> None:
+        super().__init__(sliding_window)
+        self.recording = recording
+        self.tolerance = tolerance
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the recorded keys and values in the window, `[B, Hk, n, D]`."""
+        exact = super().update(key_states, value_states)
+        return _replay(self.recording, exact, self.tolerance)
+
+
+def _replay(
+    recording: Recording, exact: tuple[Tensor, Tensor], tolerance: float
+) -> tuple[Tensor, Tensor]:
+    """Returns the newest of the next recorded rows, as many as there are exact ones."""
+    key, value = exact
+    decoded = [x[:, :, -key.shape[2] :] for x in recording.states.popleft()]
+    for mine, theirs in zip(exact, decoded, strict=True):
+        assert mine.shape == theirs.shape
+        assert _relative_error(theirs, mine) < tolerance
+    return decoded[0].to(key.dtype), decoded[1].to(value.dtype)
 
 
 def _relative_error(x: Tensor, exact: Tensor) -> float:
@@ -100,14 +131,15 @@ def make_replay(cache: Cache, recording: Recording, *, tolerance: float = 0.35) 
     """Returns a twin of an empty `cache`: its packed layers replay, others are of the same kind."""
     if not cache.layers:
         return Cache(layer_class_to_replicate=partial(ReplayLayer, recording, tolerance))
-    return Cache(
-        layers=[
-            ReplayLayer(recording, tolerance)
-            if isinstance(layer, RotorQuantLayer)
-            else copy.deepcopy(layer)
-            for layer in cache.layers
-        ]
-    )
+    return Cache(layers=[_twin(layer, recording, tolerance) for layer in cache.layers])
+
+
+def _twin(layer: Any, recording: Recording, tolerance: float) -> Any:
+    if isinstance(layer, RotorQuantSlidingLayer):
+        return ReplaySlidingLayer(recording, tolerance, layer.sliding_window)
+    if isinstance(layer, RotorQuantLayer):
+        return ReplayLayer(recording, tolerance)
+    return copy.deepcopy(layer)
 
 
 def run_with_twin(cache: Cache, flow: Callable[[Cache], Result]) -> tuple[Result, Result]:
