@@ -6,6 +6,7 @@ python -m eval.fidelity --model Qwen/Qwen2.5-0.5B --dataset wikitext \
 
 Each layer gets the exact queries, keys and values of the unquantised model, so errors do not pile
 up from layer to layer. Every query reads decoded keys and values of all tokens, its own included.
+The file is written after every setting.
 """
 
 from __future__ import annotations
@@ -132,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             continue
         results = [measure(states, setting, model.config) for states in layers]
         rows.append(summarise(setting.label, results))
-    write_json(args.out, {**head, "config": config, "rows": rows})
+        write_json(args.out, {**head, "config": config, "rows": rows})
     print_table(rows)
 
 

@@ -79,9 +79,9 @@ class RotorQuantConfig:
             cover, of at most `residual_length` + 1 tokens, are exact in any case.
         path: What attention is given: "auto" (handles that are read packed, where the model's
             attention can take them) or "dense" (decoded tensors, layer by layer).
-        impl: What computes on packed tiles: "auto" (kernels on an NVIDIA GPU, plain torch elsewhere),
-            "reference" (plain torch) or "triton" (kernels, or an error that says why not). More than
-            32 new tokens at a time are read by torch's matrix products in any case.
+        impl: What computes on packed tiles: "auto" (kernels on an NVIDIA GPU, plain torch
+            elsewhere), "reference" (plain torch) or "triton" (kernels, or an error that says why
+            not). More than 32 new tokens at a time are read by torch's matrix products in any case.
         strict: Evaluation only: every query reads decoded keys and values of all tokens, its own
             included; nothing but the sinks stays exact.
         seed: Seed of rotations and sketches.

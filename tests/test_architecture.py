@@ -28,36 +28,54 @@ ARROWS = {
     "sources": {"ops", "statistics"},
     "packed_states": {"config", "ops", "quant", "statistics", "storage", "validation"},
     "layers": {"config", "handle", "ops", "packed_states", "quant", "sources", "validation"},
+    "sliding": {"config", "layers", "sources"},
     "attention": {"handle", "ops", "sources"},
-    "cache": {"attention", "config", "layers", "memory", "quant", "rope", "serialization"},
+    "description": {"layers", "sliding"},
+    "model_layers": {"config", "layers", "quant", "rope", "sliding"},
+    "cache": {
+        "attention",
+        "config",
+        "description",
+        "layers",
+        "memory",
+        "model_layers",
+        "serialization",
+    },
     "integration": {"attention", "cache"},
     "cache_file": {""},
     "cache_header": {"config", "quant"},
+    "cache_probe": {"cache_file", "cache_header", "config", "packed_states", "quant"},
     "serialization": {
         "",
         "cache",
         "cache_file",
         "cache_header",
+        "cache_probe",
         "config",
         "layers",
-        "packed_states",
+        "model_layers",
         "quant",
+        "sliding",
         "storage",
     },
     "": {"cache", "config", "integration"},
-    "cli": {"", "config", "cache", "quant", "ops"},
+    "loading": set(),
+    "cli": {"", "cache", "layers", "loading", "memory", "ops", "quant"},
 }
 # these may import transformers
 HOST = {
     "attention",
     "cache",
+    "description",
     "integration",
     "layers",
+    "loading",
+    "model_layers",
     "rope",
     "serialization",
     "cli",
 }  # may import transformers
-SCRIPTS = {"eval": {"", "quant", "ops", "memory"}, "examples": {"", "memory"}}
+SCRIPTS = {"eval": {"", "quant", "ops", "memory"}, "examples": {"", "loading", "memory"}}
 
 
 def modules(folder: Path) -> list[Path]:

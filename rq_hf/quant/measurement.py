@@ -16,7 +16,7 @@ from rq_hf.quant.rope import RopeTable
 KEY_MEANS = ("auto", "pre_rope", "post_rope", "none")
 MIN_TOKENS = 16  # statistics of fewer say more about the tokens than about the head
 MIN_SAVING = 0.01  # part of the energy that a mean has to remove to be worth its upkeep
-# numbers in float32 at a time, beside the cache; whole spans of a short sequence at least
+# numbers in float32 at a time, beside the cache, but a span of tokens at least
 _NUMBERS_AT_ONCE = 1 << 23
 _POWER_FLOOR = 1e-8  # of the average channel: a dead channel must not blow up a ratio
 
@@ -66,9 +66,9 @@ def measure(
     """Measures the statistics of these keys and values.
 
     Each sequence is measured by itself, as if it were alone and without its padding, which counts
-    zero. Sums are float64: the order that torch takes them in, which depends on the shape, is far
-    below what the float32 result keeps. (The one exception: a `rope` of unknown convention is tried
-    both ways, and the batch decides as a whole.)
+    zero. Sums are float64: torch orders them by the shape, and what that changes is far below what
+    the float32 result keeps. (The one exception: a `rope` of unknown convention is tried both ways,
+    and the batch decides as a whole.)
 
     Args:
         keys: Keys as cached `[B, Hk, n, D]`, any floating dtype.

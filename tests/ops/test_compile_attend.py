@@ -2,28 +2,27 @@
 """What the attention kernels take of GPUs that are not there: registers, spills, shared memory.
 
 Kernels for up to four rows are those of generation, and spill next to nothing. For eight rows
-`attend_tiles` holds twice the sums and operands, more than the 255 registers of a thread; what it
-spills stays in the first-level cache, and it reads the packed words once for twice the rows.
+`attend_tiles` holds twice the sums and operands, more than the 255 registers of a thread; that is
+accepted, as it reads and unpacks the packed words once for twice the rows.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import asdict
-from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import pytest
 from support.compile import compile_kernel, outside_interpreter
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 # bytes of shared memory that a program can have
 SHARED = {90: 227 * 1024, 80: 163 * 1024}
 # over what was measured, for changes that do not matter
 MARGIN = 1.2
 # the assembler of Triton 3.6 and 3.7 spills up to 400 bytes more
-OLDER = 416 if tuple(map(int, version("triton").split(".")[:2])) < (3, 8) else 0
+OLDER = 416 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8) else 0
 
 
 class Variant(NamedTuple):
@@ -89,10 +88,12 @@ VARIANTS: dict[str, Variant] = {
         {**WIDE_ROWS, "ROWS": 8, "BLOCK": 4, "SINK": True, "HAS_LOW": True},
         {90: 152, 80: 0},
     ),
-    "plain": Variant("attend_plain", {}, {90: 0, 80: 0}),
+    "plain": Variant("attend_plain", {}, {90: 32, 80: 0}),
     # sums of 16 rows of up to 256 numbers, for sizes that few models have
     "plain, wide": Variant(
-        "attend_plain", {**WIDE_ROWS, **ALL_ON, "D": 192, "PAIRS": 128, "SKETCH": True}, {90: 496}
+        "attend_plain",
+        {**WIDE_ROWS, **ALL_ON, "D": 192, "PAIRS": 128, "SKETCH": True},
+        {90: 928, 80: 904},
     ),
 }
 FLOATS = {"score_factor", "cap", "key_step", "value_step"}
@@ -120,11 +121,11 @@ def compile_variant(variant: Variant, capability: int) -> Any:
     from rq_hf.ops.triton.combine import combine
     from rq_hf.ops.triton.prepare import prepare
 
-    constants = {**DEFAULTS[variant.kernel], **variant.constants, "CHAINED": capability >= 90}
+    constants = {**DEFAULTS[variant.kernel], **variant.constants}
     wide = constants["D"] > 128
     kernel, num_warps = {
         "attend_tiles": (attend_tiles, 1),
-        "attend_plain": (attend_plain, 4),
+        "attend_plain": (attend_plain, 8 if wide else 4),
         "prepare": (prepare, 8 if wide else 4),
         "combine": (combine, 8),
     }[variant.kernel]
@@ -136,6 +137,7 @@ def compile_variant(variant: Variant, capability: int) -> Any:
         {name: "constexpr" if name in constants else type_of(name) for name in names},
         constants,
         num_warps=num_warps,
+        num_stages=1 if kernel is attend_plain else 3,
         capability=capability,
         gluon=kernel is attend_tiles,
         attributes={
@@ -171,10 +173,3 @@ def test_compiles_within_limits(capability: int) -> None:
         or taken["shared"] > SHARED[capability]
     }
     assert not beyond
-
-
-@pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="takes 200 KiB of shared memory, of 163 KiB that are there")
-def test_wide_plain_tiles_fit_8_0() -> None:
-    usage = outside_interpreter("ops.test_compile_attend:compiled_usage", 80, ["plain, wide"])
-    assert usage["plain, wide"]["shared"] <= SHARED[80]

@@ -14,7 +14,7 @@ from torch import Tensor
 from rq_hf.ops.triton.attend_plain import attend_plain
 from rq_hf.ops.triton.attend_tiles import attend_tiles
 from rq_hf.ops.triton.combine import combine
-from rq_hf.ops.triton.launching import chains, interpreting, launch, on_device, processors
+from rq_hf.ops.triton.launching import interpreting, launch, on_device, processors
 from rq_hf.ops.triton.prepare import prepare
 from rq_hf.ops.triton.tables import RopeOperands, codec_tables, padded_pairs, rope_operands
 from rq_hf.ops.triton.workspace import Sizes, Workspace
@@ -102,7 +102,6 @@ class _Call:
         if mask is not None:
             self.mask = mask.expand(*query.shape[:3], mask.shape[3])
             self.mask_strides = self.mask.stride()
-        self.chained = chains(query.device)
         self.space = Workspace.allocate(
             sizes,
             self.dim,
@@ -184,28 +183,27 @@ class _Call:
                 self.factor,
                 self.cap,
             ),
-            dict(
-                D=self.dim,
-                DP=self.width,
-                N=sizes.chunk,
-                H=sizes.block,
-                PAIRS=self.pairs,
-                TURNED=0 if self.rope is None else self.rope.inv_freq.shape[0],
-                INTERLEAVED=self.rope is not None and bool(self.rope.interleaved),
-                SKETCH=self.sketch,
-                PLAIN=self.plain,
-                PACKED=sizes.splits > 0,
-                SLOW=self.slow,
-                PRECONDITIONED=pre is not None,
-                PADDED=view.padding is not None,
-                CAUSAL=self.causal,
-                MASKED=self.masked,
-                CAPPED=self.cap > 0,
-                COMPUTE=_triton_type(first.keys.dtype) if half else tl.float32,
-                FIRST_SLOW=angles.halves // 4 * 16 if angles is not None and self.slow else 0,
-                HAS_LOW=self.tables.key_rotation.has_low,
-                CHAINED=self.chained,
-            ),
+            {
+                "D": self.dim,
+                "DP": self.width,
+                "N": sizes.chunk,
+                "H": sizes.block,
+                "PAIRS": self.pairs,
+                "TURNED": 0 if self.rope is None else self.rope.inv_freq.shape[0],
+                "INTERLEAVED": self.rope is not None and bool(self.rope.interleaved),
+                "SKETCH": self.sketch,
+                "PLAIN": self.plain,
+                "PACKED": sizes.splits > 0,
+                "SLOW": self.slow,
+                "PRECONDITIONED": pre is not None,
+                "PADDED": view.padding is not None,
+                "CAUSAL": self.causal,
+                "MASKED": self.masked,
+                "CAPPED": self.cap > 0,
+                "COMPUTE": _triton_type(first.keys.dtype) if half else tl.float32,
+                "FIRST_SLOW": angles.halves // 4 * 16 if angles is not None and self.slow else 0,
+                "HAS_LOW": self.tables.key_rotation.has_low,
+            },
             num_warps=8 if self.width > 128 else 4,
         )
 
@@ -216,20 +214,19 @@ class _Call:
         first_token = view.packed_start
         # where the newest packed token is older than every query, causality need not be checked
         causal = self.causal and first_token + view.packed_length > self.last_seen + 1
-        shared: dict[str, Any] = dict(
-            D=self.dim,
-            T=layout.tile_length,
-            KEY_BITS=layout.key_bits,
-            VALUE_BITS=layout.value_bits,
-            SKETCH=self.sketch,
-            H=sizes.block,
-            PAIRS=self.pairs,
-            PADDED=view.padding is not None,
-            CAUSAL=causal,
-            MASKED=self.masked,
-            CAPPED=self.cap > 0,
-            CHAINED=self.chained,
-        )
+        shared: dict[str, Any] = {
+            "D": self.dim,
+            "T": layout.tile_length,
+            "KEY_BITS": layout.key_bits,
+            "VALUE_BITS": layout.value_bits,
+            "SKETCH": self.sketch,
+            "H": sizes.block,
+            "PAIRS": self.pairs,
+            "PADDED": view.padding is not None,
+            "CAUSAL": causal,
+            "MASKED": self.masked,
+            "CAPPED": self.cap > 0,
+        }
         table = None if angles is None else angles.rows if self.plain else angles.operands
         common = (
             some if table is None else table,
@@ -255,8 +252,10 @@ class _Call:
             levels = (tables.key_levels, tables.value_levels)
             rows = (space.rows, *levels, space.coef, space.constant)
             args = (view.records, view.scales, *rows, *common, self.cap)
-            constants = dict(DP=self.width, **shared)
-            launch(attend_plain, grid, args, constants, num_warps=4, chained=self.chained)
+            constants = {"DP": self.width, **shared}
+            warps = 8 if self.width > 128 else 4
+            # more stages take more shared memory than cards before compute capability 9.0 have
+            launch(attend_plain, grid, args, constants, num_warps=warps, num_stages=1)
             return
         halves = 0 if angles is None else angles.halves
         launch(
@@ -277,9 +276,8 @@ class _Call:
                 *tables.key_words,
                 *tables.value_words,
             ),
-            dict(HALVES=halves, SLOW=self.slow, **shared),
+            {"HALVES": halves, "SLOW": self.slow, **shared},
             num_warps=1,
-            chained=self.chained,
         )
 
     def combine(self, logits: Tensor | None) -> Tensor:
@@ -306,20 +304,18 @@ class _Call:
                 sizes.splits,
                 sizes.parts,
             ),
-            dict(
-                D=self.dim,
-                DP=self.width,
-                H=sizes.block,
-                ROWS=rows,
-                PARTS=triton.next_power_of_2(sizes.parts),
-                BLOCK=max(4, 8192 // (rows * self.width)),
-                PRECONDITIONED=pre is not None,
-                SINK=logits is not None,
-                HAS_LOW=self.tables.value_rotation.has_low,
-                CHAINED=self.chained,
-            ),
+            {
+                "D": self.dim,
+                "DP": self.width,
+                "H": sizes.block,
+                "ROWS": rows,
+                "PARTS": triton.next_power_of_2(sizes.parts),
+                "BLOCK": max(4, 8192 // (rows * self.width)),
+                "PRECONDITIONED": pre is not None,
+                "SINK": logits is not None,
+                "HAS_LOW": self.tables.value_rotation.has_low,
+            },
             num_warps=8,
-            chained=self.chained,
         )
         return out
 

@@ -7,9 +7,9 @@ which is slower; it serves the sizes that tensor-core operands do not fit.
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from rq_hf.ops.triton.prepare import LOWEST, row_of, visible
+from rq_hf.ops.triton.exact_rows import LOWEST, visible
+from rq_hf.ops.triton.query_rows import row_of
 
 GROUP = tl.constexpr(32)  # tokens of a word
 
@@ -75,16 +75,12 @@ def attend_plain(
     CAUSAL: tl.constexpr,
     MASKED: tl.constexpr,
     CAPPED: tl.constexpr,
-    CHAINED: tl.constexpr,
 ):
     """Writes the partial result of one split for a block of H rows; arguments as `attend_tiles`.
 
     ROWS holds the rotated (and sketched) rows, float32 [units, 1 or 2, H, D]; LOCAL the cosines and
     sines of positions from a tile's centre, float32 [T, 2, PAIRS], ANGLES those of the centres.
     """
-    if CHAINED:
-        gdc_launch_dependents()
-        gdc_wait()
     split = tl.program_id(0)
     unit = tl.program_id(1)
     batch, kv_head, in_group, query, exists = row_of(unit, kv_heads, group, queries, H)

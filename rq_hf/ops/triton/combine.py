@@ -3,9 +3,9 @@
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
 
-from rq_hf.ops.triton.prepare import LOG2E, LOWEST, multiply
+from rq_hf.ops.triton.exact_rows import LOG2E, LOWEST
+from rq_hf.ops.triton.query_rows import multiply
 
 
 @triton.jit
@@ -67,7 +67,6 @@ def combine(
     PRECONDITIONED: tl.constexpr,
     SINK: tl.constexpr,
     HAS_LOW: tl.constexpr,
-    CHAINED: tl.constexpr,
 ):
     """Grid: (units * H / ROWS,), `ROWS` rows of a unit each.
 
@@ -78,10 +77,7 @@ def combine(
         SINK_LOGITS: float32 [Hq], logits without a value (SINK).
         OUT: [B, Hq, L, D].
         PARTS: `parts` as a power of two.
-        CHAINED: Started while the launch before still runs (programmatic dependent launch).
     """
-    if CHAINED:
-        gdc_wait()
     unit = tl.program_id(0) // (H // ROWS)
     blocks = (group * queries + H - 1) // H
     head = unit // blocks

@@ -37,12 +37,6 @@ def processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-@functools.cache
-def chains(device: torch.device) -> bool:
-    """Whether a launch may start while the one before still runs (compute capability 9.0)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
 # kernels that have run, by what they were compiled for
 _compiled: dict[tuple, Any] = {}
 
@@ -54,12 +48,12 @@ def launch(
     constants: dict[str, Any],
     *,
     num_warps: int,
-    chained: bool = False,
+    num_stages: int = 3,
 ) -> None:
     """Launches a kernel on the current device and stream.
 
-    A kernel that has run for arguments of the same kind is launched as it was compiled. Triton's own
-    way inspects every argument anew, which takes longer than a small kernel.
+    A kernel that has run for arguments of the same kind is launched as it was compiled. Triton's
+    own way inspects every argument anew, which takes longer than a small kernel.
 
     Args:
         kernel: A jitted function whose constants come last.
@@ -67,18 +61,19 @@ def launch(
         args: Tensors, integers and floats.
         constants: Its constants, in the order of the function.
         num_warps: Warps of a program.
-        chained: Start while the launch before still runs: the kernel waits for it by itself.
+        num_stages: Steps of a loop whose loads are under way together.
     """
     if interpreting():
         kernel[grid](*args, **constants)
         return
     device = torch.cuda.current_device()
     values, kinds = _inspect(args, _specialized(kernel))
-    key = (kernel.__name__, device, num_warps, chained, kinds, *constants.values())
+    key = (kernel.__name__, device, num_warps, num_stages, kinds, *constants.values())
     compiled = _compiled.get(key)
     if compiled is None:
-        options: dict[str, Any] = {"launch_pdl": True} if chained else {}
-        _compiled[key] = kernel[grid](*args, **constants, num_warps=num_warps, **options)
+        _compiled[key] = kernel[grid](
+            *args, **constants, num_warps=num_warps, num_stages=num_stages
+        )
         return
     stream = torch._C._cuda_getCurrentRawStream(device)
     # the three None: metadata and hooks of profilers
@@ -107,7 +102,8 @@ def _inspect(args: tuple, specialized: frozenset[int]) -> tuple[list, tuple]:
 
     That is types, alignment of addresses, and divisibility of integers.
     """
-    values, kinds = [], []
+    values: list[Any] = []
+    kinds: list[Any] = []
     for place, argument in enumerate(args):
         if isinstance(argument, torch.Tensor):
             address = argument.data_ptr()

@@ -28,8 +28,8 @@ class Matrix:
     """A matrix as the sum of two in float16.
 
     Attributes:
-        parts: float16 [2, D, D], the nearest numbers, and what these leave; both times sqrt(D), with
-            which a Hadamard matrix has no second part.
+        parts: float16 [2, D, D], the nearest numbers, and what these leave; both times sqrt(D),
+            with which a Hadamard matrix has no second part.
         has_low: Whether the second part has anything but zeros.
     """
 
@@ -80,9 +80,9 @@ class RopeOperands:
     Within a tile of T tokens, positions from the tile's centre are u T / 2 with -1 < u < 1.
 
     * Fast pairs, the first 4 `halves`: two columns of a table, cos and sin of the positions.
-    * Slow pairs, which turn little within a tile: cos(x u) and sin(x u) with x = w T / 2 are sums of
-      the first eight Chebyshev polynomials (coefficients 2 (-1)^(k // 2) J_k(x), half for k = 0; the
-      rest is below 1e-5), so that all slow pairs together take eight columns.
+    * Slow pairs, which turn little within a tile: cos(x u) and sin(x u) with x = w T / 2 are sums
+      of the first eight Chebyshev polynomials (coefficients 2 (-1)^(k // 2) J_k(x), half for k = 0;
+      the rest is below 1e-5), so that all slow pairs together take eight columns.
 
     Attributes:
         halves: Groups of four fast pairs.
@@ -121,7 +121,7 @@ def codec_tables(codec: TileCodec, device: torch.device) -> CodecTables:
 def rope_operands(
     rope: RopeTable, *, start: int, length: int, tiles: int, device: torch.device
 ) -> RopeOperands:
-    """Returns tables for tiles of `length` tokens, of which the first starts at position `start`."""
+    """Returns tables for tiles of `length` tokens, the first of which starts at `start`."""
     key = (rope.digest, start, length, device)
     kept = _ropes.get(key)
     if kept is None or kept.tiles.shape[0] < tiles:
@@ -223,8 +223,8 @@ def _chebyshev(rope: RopeTable, length: int, fast: int, pairs: int) -> Tensor:
 def _in_operand_order(rows: Tensor, u: Tensor, halves: int, slow: bool) -> Tensor:
     """Columns of the table as `attend_tiles.rope_table` reads them.
 
-    [T, 2, PAIRS] and positions `[T]` -> [blocks, T / 16, 8, 4, 2, 2, 2]. Sixteen columns are a block:
-    two halves, each four pairs of (cos, sin), or the Chebyshev polynomials 0 to 7.
+    [T, 2, PAIRS] and positions `[T]` -> [blocks, T / 16, 8, 4, 2, 2, 2]. Sixteen columns are a
+    block: two halves, each four pairs of (cos, sin), or the Chebyshev polynomials 0 to 7.
     """
     length, _, pairs = rows.shape
     table = torch.nn.functional.pad(rows, (0, max(0, 4 * halves - pairs)))[:, :, : 4 * halves]

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One prompt of the needle test read through one cache: context, question, answer."""
+
+from __future__ import annotations
+
+import copy
+import time
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache
+
+from eval.needle_prompts import Prompt, Question
+from eval.scoring import hidden_states, logits
+from eval.settings import Setting, bits_per_number
+from rq_hf import RotorQuantCache
+
+
+class Answer(NamedTuple):
+    """How an answer was met.
+
+    Attributes:
+        exact: Whether greedy decoding gives it.
+        logprob: Its log-probability.
+        chosen: The first choices, token by token, given the right tokens before.
+    """
+
+    exact: bool
+    logprob: float
+    chosen: list[int]
+
+
+def answer(model: PreTrainedModel, cache: Cache, question: Question) -> Answer:
+    """Reads a question and its answer behind what the cache holds."""
+    wanted = question.answer.tolist()
+    tokens, total, chosen = question.tokens, 0.0, []
+    for token in wanted:
+        hidden = hidden_states(model, tokens.to(model.device), cache, [(0, tokens.shape[1])])
+        scores = logits(model, hidden[-1:])[0].float().log_softmax(-1)
+        total += float(scores[token])
+        chosen.append(int(scores.argmax()))
+        tokens = torch.tensor([[token]])
+    return Answer(chosen == wanted, total, chosen)
+
+
+def read_prompt(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, setting: Setting
+) -> dict[str, Any]:
+    """Returns a record: scores of one prompt with one cache, and what the cache held."""
+    begin = time.perf_counter()
+    cache = setting.make(model.config)
+    _read_context(model, prompt.context, cache)
+    nominal, held = bits_per_number(cache)
+    packed = packed_tokens(cache)
+    last = len(prompt.questions) - 1
+    answers = [
+        # every question meets the context alone
+        answer(model, cache if i == last else copy.deepcopy(cache), question)
+        for i, question in enumerate(prompt.questions)
+    ]
+    return {
+        "setting": setting.label,
+        "score": fmean(one.exact for one in answers),
+        "logprob": fmean(one.logprob for one in answers),
+        "answers": [
+            {
+                "wanted": tokenizer.decode(question.answer),
+                "chosen": tokenizer.decode(one.chosen),
+                "logprob": one.logprob,
+            }
+            for question, one in zip(prompt.questions, answers, strict=True)
+        ],
+        "context_tokens": prompt.context.shape[1],
+        "packed_tokens": packed,
+        "bits_nominal": nominal,
+        "bits_held": held,
+        "seconds": time.perf_counter() - begin,
+    }
+
+
+def _read_context(model: PreTrainedModel, tokens: Tensor, cache: Cache) -> None:
+    model.get_decoder()(tokens.to(model.device), past_key_values=cache, use_cache=True)
+
+
+def packed_tokens(cache: Cache) -> int:
+    """Returns how many tokens of the context the question reads packed, in the least layer."""
+    if not isinstance(cache, RotorQuantCache):
+        return 0
+    stores = [layer.store for layer in cache.packed_layers]
+    return min((store.packed_length for store in stores if store is not None), default=0)

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One Markdown page with pictures from all result files of a folder.
+
+python -m eval.report --results eval/results --out report
+
+Writes OUT/report.md and the pictures beside it. Files that no section knows are named at its end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from eval import report_memory, report_plots
+from eval.needle_plot import plot_needle
+from eval.plot import plot_attention
+from eval.tables import make_table, module_of
+
+Results = dict[Path, dict[str, Any]]
+PAGE = "report.md"
+
+
+def read_results(folder: Path) -> Results:
+    """Returns the content of every result file in a folder.
+
+    Raises:
+        ValueError: There is none.
+    """
+    results = {path: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    if not results:
+        raise ValueError(f"no result files (*.json) in {folder}")
+    return results
+
+
+def _picture(title: str, name: str) -> str:
+    return f"![{title}]({name})"
+
+
+def _quality(results: Results, out: Path) -> Iterator[str]:
+    """Divergence and perplexity against bits, then the tables of all files."""
+    panels = report_plots.collect(list(results.values()))
+    if panels:
+        report_plots.plot_quality(panels, out / "quality.png")
+        yield _picture("KL and perplexity against bits", "quality.png")
+    yield from _tables(results)
+
+
+def _needle(results: Results, out: Path) -> Iterator[str]:
+    for path, result in results.items():
+        plot_needle(result, out / f"{path.stem}.png")
+        yield f"### {path.stem}"
+        yield _picture("share of facts found by context and depth", f"{path.stem}.png")
+        yield markdown_table(needle_rows(result))
+        yield _source(path, result)
+
+
+def _attention(results: Results, out: Path) -> Iterator[str]:
+    for path, result in results.items():
+        plot_attention(result, out / f"{path.stem}.png")
+        yield _picture("time of attention against tokens", f"{path.stem}.png")
+    yield from _tables(results)
+
+
+def _steps(results: Results, out: Path) -> Iterator[str]:
+    for path, result in results.items():
+        report_plots.plot_steps(result, out / f"{path.stem}.png")
+        yield _picture("time of a decode step", f"{path.stem}.png")
+    yield from _tables(results)
+
+
+def _rotations(results: Results, out: Path) -> Iterator[str]:
+    yield from _tables(results)
+
+
+def _tables(results: Results) -> Iterator[str]:
+    for path in results:
+        yield f"### {path.stem}"
+        yield make_table(path)
+
+
+# heading and maker of a section, by the script that wrote its files
+SECTIONS: dict[str, tuple[str, Callable[[Results, Path], Iterator[str]]]] = {
+    "perplexity": ("Quality", _quality),
+    "needle": ("Needle in a haystack", _needle),
+    "benchmark_attention": ("Speed of attention", _attention),
+    "benchmark_generate": ("A decode step in generate()", _steps),
+    "rotation_mse": ("Rotations", _rotations),
+}
+
+
+def memory_section(out: Path) -> Iterator[str]:
+    """What fits into cards of several sizes, computed."""
+    yield "## Memory"
+    report_memory.plot_memory(out / "memory.png")
+    yield _picture("weights and cache against tokens", "memory.png")
+    yield (
+        "The largest context of one sequence beside weights in 16 bits, "
+        f"{report_memory.RESERVE / report_memory.GB:g} GB left free; computed from sizes, not "
+        "measured:"
+    )
+    yield markdown_table(report_memory.context_rows())
+
+
+def needle_rows(result: dict[str, Any]) -> list[list[str]]:
+    """Returns a table of the caches of a needle test, its header first."""
+    rows = [["cache", "bits a number", "facts found", "log-probability", "change", "prompts"]]
+    for row in result["summary"]:
+        if row["prompts"]:
+            change = row["logprob_change"]
+            rows.append(
+                [
+                    f"`{row['setting']}`",
+                    f"{row['bits_nominal']:.2f}",
+                    f"{100 * row['score']:.1f}%",
+                    f"{row['logprob']:.2f}",
+                    "-" if change is None else f"{change:+.2f}",
+                    str(row["prompts"]),
+                ]
+            )
+    return rows
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Returns rows, the header first, as a Markdown table."""
+    lines = [" | ".join(row) for row in rows]
+    lines.insert(1, " | ".join(["---"] * len(rows[0])))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def _source(path: Path, result: dict[str, Any]) -> str:
+    environment = result["environment"]
+    versions = f"torch {environment['torch']}, transformers {environment['transformers']}"
+    return f"`{result['command']}`; {environment['device']}, {versions}; `{path.name}`"
+
+
+def make_page(results: Results, out: Path) -> str:
+    """Draws all pictures into a folder and returns the page."""
+    by_module: dict[str, Results] = {}
+    for path, result in results.items():
+        by_module.setdefault(module_of(result), {})[path] = result
+    parts = ["# Results"]
+    for module, (heading, make) in tqdm(SECTIONS.items(), unit="section", disable=None):
+        if module in by_module:
+            parts += [f"## {heading}", *make(by_module.pop(module), out)]
+    parts += memory_section(out)
+    rest = [path.name for files in by_module.values() for path in files]
+    if rest:
+        parts += ["## Files without a section", "\n".join(f"- `{name}`" for name in rest)]
+    return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=Path("eval/results"))
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    args = parser.parse_args(argv)
+    results = read_results(args.results)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / PAGE).write_text(make_page(results, args.out))
+    print(f"{len(results)} files in {args.out / PAGE}")
+
+
+if __name__ == "__main__":
+    main()

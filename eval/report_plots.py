@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures that put several result files together: quality against bits, time of a decode step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+
+from eval.settings import LADDER
+
+Result = dict[str, Any]
+
+
+class Panel(NamedTuple):
+    """Measurements that may be compared: one model, one text, one way to read its windows."""
+
+    model: str
+    texts: tuple[str, ...]
+    window: int
+    mode: str
+    first: int
+
+    def __str__(self) -> str:
+        after = f", first {self.first}" if self.first < self.window else ""
+        read = f"{self.mode}, windows of {self.window}{after}"
+        return f"{self.model}, {' then '.join(self.texts)}\n{read}"
+
+
+class Point(NamedTuple):
+    """One setting's result."""
+
+    bits: float
+    kl: float
+    change: float
+
+
+def collect(results: Sequence[Result]) -> dict[Panel, dict[str, list[Point]]]:
+    """Returns points by panel and method, of results of `eval.perplexity`.
+
+    Settings that change single fields are left out, and so are panels with a single number of
+    bits: neither makes a line. Where methods were compared, panels with one alone are left out.
+    """
+    panels: dict[Panel, dict[str, list[Point]]] = {}
+    for result in results:
+        config = result["config"]
+        first = config["first_forwards"][0][1]
+        texts = tuple(text["name"] for text in config["texts"])
+        panel = Panel(config["model"]["name"], texts, config["window"], config["mode"], first)
+        for row in result["summary"]:
+            method, _, bits = row["setting"].partition(":")
+            if row["windows"] and bits.isdigit() and method not in LADDER:
+                point = Point(row["bits_nominal"], row["kl"], row["delta_percent"])
+                panels.setdefault(panel, {}).setdefault(method, []).append(point)
+    drawn = {
+        panel: lines
+        for panel, lines in sorted(panels.items())
+        if len({point.bits for points in lines.values() for point in points}) > 1
+    }
+    compared = {panel: lines for panel, lines in drawn.items() if len(lines) > 1}
+    return compared or drawn
+
+
+def plot_quality(panels: dict[Panel, dict[str, list[Point]]], path: Path) -> None:
+    """Draws divergence and change in perplexity against bits, a column for each panel."""
+    size = (1 + 4.2 * len(panels), 7)
+    figure, grid = plt.subplots(2, len(panels), figsize=size, squeeze=False, layout="constrained")
+    methods = sorted({method for lines in panels.values() for method in lines})
+    colours = {method: f"C{i % 10}" for i, method in enumerate(methods)}
+    for (panel, by_method), (top, bottom) in zip(panels.items(), grid.T, strict=True):
+        for method, points in by_method.items():
+            bits, kl, change = zip(*sorted(set(points)), strict=True)
+            style = {"marker": "o", "label": method, "color": colours[method]}
+            top.plot(bits, kl, **style)
+            bottom.plot(bits, change, **style)
+        top.set_title(str(panel), fontsize=8)
+        top.set_yscale("log")
+        # a change has a sign; below one percent the scale is linear
+        bottom.set_yscale("symlog", linthresh=1)
+        bottom.set_xlabel("bits a number, scales included")
+        for axes in (top, bottom):
+            axes.grid(alpha=0.3, which="both")
+    grid[0][0].set_ylabel("KL from the exact cache, nats")
+    grid[1][0].set_ylabel("change in perplexity, %")
+    lines = [Line2D([], [], color=colours[method], marker="o") for method in methods]
+    figure.legend(lines, methods, loc="outside lower center", ncols=6, fontsize="small")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_steps(result: Result, path: Path) -> None:
+    """Draws the time of a decode step by case and cache, of a result of `benchmark_generate`."""
+    timed = [row for row in result["rows"] if row["error"] is None]
+    cases = list(dict.fromkeys(row["case"] for row in timed))
+    names = list(dict.fromkeys(row["row"] for row in timed))
+    figure, axes = plt.subplots(figsize=(2 + 1.8 * len(cases), 4.5), layout="constrained")
+    width = 0.8 / max(1, len(names))
+    for i, name in enumerate(names):
+        times = {row["case"]: row["step_ms"] for row in timed if row["row"] == name}
+        places = np.arange(len(cases)) + (i - (len(names) - 1) / 2) * width
+        heights = [times.get(case, np.nan) for case in cases]
+        axes.bar(places, heights, width, label=result["labels"][name])
+    _mark_goals(axes, timed, cases)
+    axes.set_xticks(range(len(cases)), cases)
+    axes.set(ylabel="ms a decode step", title=result["environment"]["device"])
+    axes.grid(alpha=0.3, axis="y")
+    if names:
+        axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _mark_goals(axes: Axes, rows: Sequence[dict[str, Any]], cases: Sequence[str]) -> None:
+    for row in rows:
+        if row["goal_ms"] is not None:
+            middle = cases.index(row["case"])
+            axes.hlines(row["goal_ms"], middle - 0.45, middle + 0.45, color="black", linestyle=":")

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the keys' mean before RoPE adds to the scores of a tile, by tensor cores (Gluon)."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+
+
+@gluon.jit
+def mean_products(
+    ROPE,
+    ANGLES,
+    COEF,
+    BASIS,
+    tile,
+    T: gl.constexpr,
+    H: gl.constexpr,
+    PAIRS: gl.constexpr,
+    HALVES: gl.constexpr,
+    SLOW: gl.constexpr,
+    M: gl.constexpr,
+):
+    """q . RoPE_n(pre_mean), [T, 2H] float32 in high and low parts, for the tokens of a tile.
+
+    Products with one table for all tiles, see `tables.RopeOperands`: the coefficients of a row are
+    turned to the tile's centre before.
+
+    Args:
+        ROPE: float16 table in operand order.
+        ANGLES: float32 [tiles, 2, PAIRS], cos and sin at the tiles' centres.
+        COEF: float32 [2, H, PAIRS], coefficients of cos and of sin of the rows.
+        BASIS: float32 [H, 8], coefficients of the Chebyshev polynomials in this tile.
+    """
+    TABLE: gl.constexpr = gl.DotOperandLayout(0, M, 2)
+    ROWS: gl.constexpr = gl.DotOperandLayout(1, M, 2)
+    L: gl.constexpr = gl.BlockedLayout([1, 1], [8, 4], [1, 1], [1, 0])
+    LB: gl.constexpr = gl.BlockedLayout([1, 1, 2], [8, 4, 1], [1, 1, 1], [2, 1, 0])
+    LT: gl.constexpr = gl.BlockedLayout([1, 8], [32, 1], [1, 1], [1, 0])
+    column = gl.arange(0, 2 * H, layout=gl.SliceLayout(1, L))[:, None]
+    pair = gl.arange(0, 4, layout=gl.SliceLayout(0, L))[None, :]
+    coef = COEF + (column // 2) * PAIRS + pair
+    angle = ANGLES + tile * (2 * PAIRS) + pair + column * 0
+    low = column % 2 == 1
+    WORDS: gl.constexpr = T * 16 // 8
+    offset = (
+        gl.arange(0, WORDS, layout=gl.SliceLayout(1, LT))[:, None] * 8
+        + gl.arange(0, 8, layout=gl.SliceLayout(0, LT))[None, :]
+    )
+    sums = gl.full([T, 2 * H], 0.0, gl.float32, layout=M)
+    for block in gl.static_range((HALVES + 1) // 2):
+        first = fast_half(coef, angle, low, 2 * block, H, PAIRS, LB)
+        if 2 * block + 1 < HALVES:
+            second = fast_half(coef, angle, low, 2 * block + 1, H, PAIRS, LB)
+        else:
+            second = slow_half(BASIS, H, LB)
+        rows = operand_rows(first, second, H, ROWS)
+        sums = mma_v2(rope_table(ROPE, offset, block, T, TABLE), rows, sums)
+    return sums
+
+
+@gluon.jit
+def fast_half(
+    coef, angle, low, half: gl.constexpr, H: gl.constexpr, PAIRS: gl.constexpr, LB: gl.constexpr
+):
+    """Coefficients of four pairs turned to the tile, float16 [2H, 4, 2]."""
+    a = gl.load(coef + half * 4)
+    b = gl.load(coef + H * PAIRS + half * 4)
+    cos = gl.load(angle + half * 4)
+    sin = gl.load(angle + PAIRS + half * 4)
+    of_cos = one_part(a * cos + b * sin, low)
+    of_sin = one_part(b * cos - a * sin, low)
+    return gl.convert_layout(gl.join(of_cos, of_sin), LB)
+
+
+@gluon.jit
+def slow_half(BASIS, H: gl.constexpr, LB: gl.constexpr):
+    """Coefficients of the polynomials, float16 [2H, 4, 2]."""
+    column = gl.arange(0, 2 * H, layout=gl.SliceLayout(1, gl.SliceLayout(2, LB)))[:, None, None]
+    lane = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(2, LB)))[None, :, None]
+    place = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(1, LB)))[None, None, :]
+    terms = gl.load(BASIS + (column // 2) * 8 + lane * 2 + place)
+    return one_part(terms, column % 2 == 1)
+
+
+@gluon.jit
+def one_part(x, low):
+    """float16 part of x: the nearest number, or what that leaves (where `low`)."""
+    high = x.to(gl.float16)
+    rest = (x - high.to(gl.float32)).to(gl.float16)
+    return gl.where(low, rest, high)
+
+
+@gluon.jit
+def operand_rows(first, second, H: gl.constexpr, OPERAND: gl.constexpr):
+    """Two halves [2H, 4, 2] -> float16 operand [16, 2H]."""
+    halves = gl.permute(gl.join(first, second), [3, 1, 2, 0])  # hi t j | column
+    return gl.convert_layout(gl.reshape(halves, [16, 2 * H]), OPERAND)
+
+
+@gluon.jit
+def rope_table(ROPE, offset, part, T: gl.constexpr, OPERAND: gl.constexpr):
+    """Part of the table as float16 operand [T, 16]."""
+    table = gl.load(ROPE + part * (T * 16) + offset)
+    table = gl.reshape(table, [T // 16, 8, 4, 2, 2, 2])  # mt g t hi h j
+    table = gl.permute(table, [0, 4, 1, 3, 2, 5])  # mt h g | hi t j
+    return gl.convert_layout(gl.reshape(table, [T, 16]), OPERAND)

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report: a page from result files, and how many tokens fit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eval import report, report_plots
+from eval.report_memory import BITS, GB, MODELS, RESERVE, cache_bytes, largest_context
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {"torch": "2", "transformers": "5", "device": "a GPU"}
+
+
+def perplexity_result(settings: dict[str, float]) -> dict[str, Any]:
+    rows = [
+        {
+            "setting": name,
+            "windows": 1,
+            "tokens": 1000,
+            "bits_nominal": 3.25 if ":3" in name else 4.25,
+            "reference_perplexity": 10.0,
+            "perplexity": 10.0,
+            "delta_percent": 1.0,
+            "delta_percent_error": 0.1,
+            "kl": kl,
+            "top1_agreement_percent": 90.0,
+        }
+        for name, kl in settings.items()
+    ]
+    return {
+        "command": "python -m eval.perplexity --model m",
+        "environment": ENVIRONMENT,
+        "config": {
+            "model": {"name": "m"},
+            "texts": [{"name": "t"}],
+            "mode": "strict",
+            "window": 1024,
+            "first_forwards": [[0, 128], [128, 1024]],
+        },
+        "summary": rows,
+    }
+
+
+def needle_result() -> dict[str, Any]:
+    cells = [
+        {"kind": "single", "context": 1024, "depth": depth, "score": depth, "logprob": -depth}
+        for depth in (0.0, 0.5, 1.0)
+    ]
+    row = {"setting": "dynamic", "prompts": 3, "bits_nominal": 16, "score": 0.5, "logprob": -0.5}
+    return {
+        "command": "python -m eval.needle --model m",
+        "environment": ENVIRONMENT,
+        "config": {"model": {"name": "m"}},
+        "summary": [{**row, "logprob_change": None, "cells": cells}],
+    }
+
+
+def steps_result() -> dict[str, Any]:
+    row = {"row": "a", "case": "1x4k", "error": None, "step_ms": 5.0, "prefill_s": 1.0}
+    row |= {"goal_ms": 4.0, "cache_bytes": 1, "prefill_peak_bytes": None}
+    failed = {**row, "row": "b", "error": "no memory"}
+    return {
+        "command": "python -m eval.benchmark_generate --out o",
+        "environment": ENVIRONMENT,
+        "labels": {"a": "one", "b": "other"},
+        "rows": [row, failed],
+    }
+
+
+def test_the_page_names_every_file(tmp_path: Path) -> None:
+    folder, out = tmp_path / "results", tmp_path / "out"
+    folder.mkdir()
+    files = {
+        "quality": perplexity_result({"a:3": 0.1, "a:4": 0.01, "b:3": 0.2, "b:4": 0.02}),
+        "needles": needle_result(),
+        "steps": steps_result(),
+        "foreign": {"command": "python -m eval.other"},
+    }
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    report.main(["--results", str(folder), "--out", str(out)])
+    page = (out / report.PAGE).read_text()
+    headings = [line[3:] for line in page.splitlines() if line.startswith("## ")]
+    assert headings == [
+        "Quality",
+        "Needle in a haystack",
+        "A decode step in generate()",
+        "Memory",
+        "Files without a section",
+    ]
+    assert all(name in page for name in files) and "- `foreign.json`" in page
+    for picture in ("quality", "needles", "steps", "memory"):
+        assert f"({picture}.png)" in page and (out / f"{picture}.png").stat().st_size > 0
+
+
+def test_the_projects_own_results_make_a_page(tmp_path: Path) -> None:
+    results = report.read_results(ROOT / "eval" / "results")
+    assert report.make_page(results, tmp_path).startswith("# Results\n")
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no result files"):
+        report.read_results(tmp_path)
+
+
+def test_lines_are_methods_and_panels_are_comparable() -> None:
+    settings = {"a:3": 0.1, "a:4": 0.01, "a:3,seed=1": 0.1, "dynamic": 0.0, "step0-dense:3": 1.0}
+    other = perplexity_result({"b:3": 0.2, "b:4": 0.02})
+    (lines,) = report_plots.collect([perplexity_result(settings), other]).values()
+    assert sorted(lines) == ["a", "b"] and [p.kl for p in lines["a"]] == [0.1, 0.01]
+    other["config"]["window"] = 4096
+    assert len(report_plots.collect([perplexity_result(settings), other])) == 2
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_largest_context_just_fits(name: str) -> None:
+    model = MODELS[name]
+    for bits in BITS:
+        count = largest_context(model, 80 * GB, bits)
+        room = 80 * GB - 2 * model.parameters - RESERVE
+        assert cache_bytes(model, count, bits) <= room < cache_bytes(model, count + 1, bits)
+    assert largest_context(model, 2 * model.parameters, 3) == 0
+
+
+def test_a_cache_takes_its_bits() -> None:
+    model, tokens = MODELS["Llama-3.1-8B"], 1 << 20
+    exact = cache_bytes(model, tokens, 16)
+    assert exact == 2 * 32 * 8 * 128 * 2 * tokens
+    for bits in (2, 3, 4):
+        # scales add 16 bits to 128 numbers; tails are nothing against a million tokens
+        expected = exact * (bits + 16 / 128) / 16
+        assert cache_bytes(model, tokens, bits) == pytest.approx(expected, rel=0.01)
