@@ -83,7 +83,8 @@ class RotorQuantConfig:
             elsewhere), "reference" (plain torch) or "triton" (kernels, or an error that says why
             not). More than 32 new tokens at a time are read by torch's matrix products in any case.
         strict: Evaluation only: every query reads decoded keys and values of all tokens, its own
-            included; nothing but the sinks stays exact.
+            included; nothing but the sinks stays exact. Give it a prompt: of one token at a time it
+            packs the first before there is anything to measure.
         seed: Seed of rotations and sketches.
 
     Raises:

@@ -2,7 +2,7 @@
 """What RoPE a model applies to its keys, read from its configuration.
 
 Nothing here needs to be right for the cache to be: keys are turned back only where their own
-energy says that it helps (`rq_hf.quant.preconditioning`). So what cannot be read is left out.
+energy says that it helps (`rq_hf.quant.measurement`). So what cannot be read is left out.
 """
 
 from __future__ import annotations

@@ -356,6 +356,25 @@ def test_fidelity(saved_model: Path, text: Path, tmp_path: Path) -> None:
     assert "of one window of 80 tokens" in table
 
 
+def test_fidelity_keeps_what_it_has(
+    saved_model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = fidelity.measure
+
+    def stopped(states: Any, setting: Any, config: Any) -> dict[str, float]:
+        if setting.label == "near-lossless:2":
+            raise KeyboardInterrupt
+        return real(states, setting, config)
+
+    monkeypatch.setattr(fidelity, "measure", stopped)
+    out = tmp_path / "fidelity.json"
+    options = ["--model", str(saved_model), "--text", str(text), "--tokens", "80"]
+    settings = ["--settings", "near-lossless:4", "near-lossless:2"]
+    with pytest.raises(KeyboardInterrupt):
+        fidelity.main([*options, "--out", str(out), "--device", "cpu", *settings])
+    assert [row["setting"] for row in json.loads(out.read_text())["rows"]] == settings[1:2]
+
+
 def test_rotation_mse(saved_model: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "mse.json"
     options = ["--model", str(saved_model), "--text", str(text), "--tokens", "80", "--seeds", "2"]

@@ -44,6 +44,8 @@ def obstacle(query: Tensor, view: LayerView) -> str | None:
     return None
 
 
+# launches are not for torch.compile to look into
+@torch.compiler.disable
 def attend(
     query: Tensor,
     view: LayerView,

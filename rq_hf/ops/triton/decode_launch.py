@@ -19,6 +19,8 @@ from rq_hf.quant.tiles import TileCodec
 _NUMBERS_EACH = 8192
 
 
+# launches are not for torch.compile to look into
+@torch.compiler.disable
 def decode_rotated(
     codec: TileCodec, records: Tensor, scales: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:

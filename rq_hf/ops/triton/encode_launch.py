@@ -31,6 +31,8 @@ _PROGRAMS_EACH = 8
 _MOST_TILES = 8
 
 
+# launches are not for torch.compile to look into
+@torch.compiler.disable
 def encode_tiles(
     codec: TileCodec, preconditioner: Preconditioner, keys: Tensor, values: Tensor, start: int
 ) -> tuple[Tensor, Tensor]:

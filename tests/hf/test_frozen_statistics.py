@@ -30,7 +30,9 @@ def model() -> PreTrainedModel:
 @torch.no_grad()
 def read(model: PreTrainedModel, tokens: Tensor, cache: DynamicCache | RotorQuantCache) -> Tensor:
     """Logits `[n, vocabulary]` of tokens `[1, n]` that come one by one, the first one too."""
-    return torch.cat([model(token, past_key_values=cache).logits[0] for token in tokens.split(1, 1)])
+    return torch.cat(
+        [model(token, past_key_values=cache).logits[0] for token in tokens.split(1, 1)]
+    )
 
 
 def frozen(cache: RotorQuantCache) -> list[Preconditioner]:
