@@ -211,28 +211,75 @@ class _Call:
 
     def attend_packed(self) -> None:
         """Attends to the packed tiles."""
+        if self.plain:
+            self._attend_plain()
+        else:
+            self._attend_tiles()
+
+    def _attend_tiles(self) -> None:
+        space, tables, angles, some = self.space, self.tables, self.angles, self.query
+        launch(
+            attend_tiles,
+            (self.sizes.splits, self.sizes.units),
+            (
+                self.view.records,
+                self.view.scales,
+                space.rows8,
+                space.row_scales,
+                space.coef,
+                space.constant,
+                space.basis,
+                some if angles is None else angles.operands,
+                *self._common_arguments(),
+                tables.key_step,
+                tables.value_step,
+                self.cap,
+                *tables.key_words,
+                *tables.value_words,
+            ),
+            {
+                "D": self.dim,
+                **self._codec_constants(),
+                "HALVES": 0 if angles is None else angles.halves,
+                "SLOW": self.slow,
+                **self._mask_constants(),
+            },
+            num_warps=1,
+        )
+
+    def _attend_plain(self) -> None:
+        space, tables, angles, some = self.space, self.tables, self.angles, self.query
+        launch(
+            attend_plain,
+            (self.sizes.splits, self.sizes.units),
+            (
+                self.view.records,
+                self.view.scales,
+                space.rows,
+                tables.key_levels,
+                tables.value_levels,
+                space.coef,
+                space.constant,
+                some if angles is None else angles.rows,
+                *self._common_arguments(),
+                self.cap,
+            ),
+            {
+                "D": self.dim,
+                "DP": self.width,
+                **self._codec_constants(),
+                **self._mask_constants(),
+            },
+            num_warps=8 if self.width > 128 else 4,
+            # more stages take more shared memory than cards before compute capability 9.0 have
+            num_stages=1,
+        )
+
+    def _common_arguments(self) -> tuple:
+        """What both kernels of the packed part take in the same order."""
         sizes, view, space, some = self.sizes, self.view, self.space, self.query
-        layout, tables, angles = view.codec.layout, self.tables, self.angles
-        first_token = view.packed_start
-        # where the newest packed token is older than every query, causality need not be checked
-        causal = self.causal and first_token + view.packed_length > self.last_seen + 1
-        shared: dict[str, Any] = {
-            "D": self.dim,
-            "T": layout.tile_length,
-            "KEY_BITS": layout.key_bits,
-            "VALUE_BITS": layout.value_bits,
-            "SKETCH": self.sketch,
-            "H": sizes.block,
-            "PAIRS": self.pairs,
-            "PADDED": view.padding is not None,
-            "CAUSAL": causal,
-            "MASKED": self.masked,
-            "CAPPED": self.cap > 0,
-        }
-        table = None if angles is None else angles.rows if self.plain else angles.operands
-        common = (
-            some if table is None else table,
-            some if angles is None else angles.tiles,
+        return (
+            some if self.angles is None else self.angles.tiles,
             some if view.padding is None else view.padding,
             self.mask,
             space.partial,
@@ -243,44 +290,34 @@ class _Call:
             view.packed_length,
             sizes.splits,
             sizes.parts,
-            first_token,
-            self.last_seen - first_token,
+            view.packed_start,
+            self.last_seen - view.packed_start,
             sizes.kv_heads,
             sizes.group,
             sizes.queries,
         )
-        grid = (sizes.splits, sizes.units)
-        if self.plain:
-            levels = (tables.key_levels, tables.value_levels)
-            rows = (space.rows, *levels, space.coef, space.constant)
-            args = (view.records, view.scales, *rows, *common, self.cap)
-            constants = {"DP": self.width, **shared}
-            warps = 8 if self.width > 128 else 4
-            # more stages take more shared memory than cards before compute capability 9.0 have
-            launch(attend_plain, grid, args, constants, num_warps=warps, num_stages=1)
-            return
-        halves = 0 if angles is None else angles.halves
-        launch(
-            attend_tiles,
-            grid,
-            (
-                view.records,
-                view.scales,
-                space.rows8,
-                space.row_scales,
-                space.coef,
-                space.constant,
-                space.basis,
-                *common,
-                tables.key_step,
-                tables.value_step,
-                self.cap,
-                *tables.key_words,
-                *tables.value_words,
-            ),
-            {"HALVES": halves, "SLOW": self.slow, **shared},
-            num_warps=1,
-        )
+
+    def _codec_constants(self) -> dict[str, Any]:
+        layout = self.view.codec.layout
+        return {
+            "T": layout.tile_length,
+            "KEY_BITS": layout.key_bits,
+            "VALUE_BITS": layout.value_bits,
+            "SKETCH": self.sketch,
+            "H": self.sizes.block,
+            "PAIRS": self.pairs,
+        }
+
+    def _mask_constants(self) -> dict[str, Any]:
+        view = self.view
+        # where the newest packed token is older than every query, causality need not be checked
+        newest = view.packed_start + view.packed_length
+        return {
+            "PADDED": view.padding is not None,
+            "CAUSAL": self.causal and newest > self.last_seen + 1,
+            "MASKED": self.masked,
+            "CAPPED": self.cap > 0,
+        }
 
     def combine(self, logits: Tensor | None) -> Tensor:
         """Merges all parts, with `logits` `[Hq]` that have no value, and turns packed sums back."""

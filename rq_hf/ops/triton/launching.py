@@ -48,7 +48,7 @@ def launch(
     constants: dict[str, Any],
     *,
     num_warps: int,
-    num_stages: int = 3,
+    num_stages: int | None = None,
 ) -> None:
     """Launches a kernel on the current device and stream.
 
@@ -61,7 +61,7 @@ def launch(
         args: Tensors, integers and floats.
         constants: Its constants, in the order of the function.
         num_warps: Warps of a program.
-        num_stages: Steps of a loop whose loads are under way together.
+        num_stages: Steps of a loop whose loads are under way together; None: Triton's default.
     """
     if interpreting():
         kernel[grid](*args, **constants)
@@ -71,9 +71,8 @@ def launch(
     key = (kernel.__name__, device, num_warps, num_stages, kinds, *constants.values())
     compiled = _compiled.get(key)
     if compiled is None:
-        _compiled[key] = kernel[grid](
-            *args, **constants, num_warps=num_warps, num_stages=num_stages
-        )
+        stages = {} if num_stages is None else {"num_stages": num_stages}
+        _compiled[key] = kernel[grid](*args, **constants, num_warps=num_warps, **stages)
         return
     stream = torch._C._cuda_getCurrentRawStream(device)
     # the three None: metadata and hooks of profilers
