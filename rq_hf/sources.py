@@ -10,15 +10,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rq_hf.ops import LayerView, attend, chooses_triton, reference
+from rq_hf.ops.dispatch import MAX_QUERIES
 from rq_hf.statistics import padding_of_mask, padding_of_weights
 
 if TYPE_CHECKING:
     from rq_hf.handle import Role
     from rq_hf.layers import RotorQuantLayer
-
-
-# so many queries of a sequence the kernels take at a time
-_FEW_QUERIES = 32
 
 
 class ViewSource:
@@ -97,7 +94,7 @@ class ViewSource:
     def _choose(self, query: Tensor) -> str:
         """Returns "triton" or "reference": many queries are matrix products, which torch has."""
         wanted = self.layer.config.impl
-        if query.shape[2] > _FEW_QUERIES:
+        if query.shape[2] > MAX_QUERIES:
             wanted = "reference"
         return "triton" if chooses_triton(query, self.view, wanted) else "reference"
 

@@ -9,6 +9,8 @@ import os
 
 import torch
 
+# queries of a sequence that the attention kernels take at a time; more are matrix products
+MAX_QUERIES = 32
 IMPLS = ("auto", "reference", "triton")
 
 

@@ -147,9 +147,9 @@ def check_part(part: Part, quantizer: MSEQuantizer | ProdQuantizer) -> None:
     equal = ~differs.any(-1)
     off = (errors[0] - errors[1]).abs()
     assert (off[equal] <= 2 * part.near).all()
-    # codes on both sides of a boundary tie before the scale is fitted, and not quite behind it:
-    # rows changed by 2**-16 of their norm change their error by up to 1.5%, or 0.0015
-    assert (off <= torch.clamp_min(0.02 * errors[1], 0.002)).all()
+    # codes on both sides of a boundary tie before the scale is fitted, and not quite behind it: of
+    # 20,000 random rows changed by 2**-16 of their norm, none changed its error by more than 2.4%
+    assert (off <= torch.clamp_min(0.04 * errors[1], 2 * part.near)).all()
     if mse.scale == "search":
         # another input scale changes many codes of a row; at 8 bits scales are hardly different
         assert book.bits > 4 or part.same.float().mean() > 0.5

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rq_hf.ops.dispatch import MAX_QUERIES
 from rq_hf.ops.triton.attend_plain import attend_plain
 from rq_hf.ops.triton.attend_tiles import attend_tiles
 from rq_hf.ops.triton.combine import combine
@@ -20,7 +21,6 @@ from rq_hf.ops.triton.tables import RopeOperands, codec_tables, padded_pairs, ro
 from rq_hf.ops.triton.workspace import Sizes, Workspace
 from rq_hf.ops.view import ExactRows, LayerView
 
-MAX_QUERIES = 32
 _LOG2E = math.log2(math.e)
 # pieces of recent tokens: the tail, and tokens that are not stored yet
 _PIECES = 2
