@@ -26,7 +26,7 @@ def attend(
 
     Args:
         query: `[B, Hq, L, D]`, Hq a multiple of the layer's Hk, not rotated.
-        view: The layer's keys and values, N tokens.
+        view: The layer's keys and values, N tokens; with `counts`, so many as these say.
         scale: Factor of the inner products.
         mask: `[B | 1, Hq | 1, L | 1, >= N]`, bool (True: visible) or additive float; None: all
             visible. A row with everything hidden gives 0.
@@ -40,8 +40,12 @@ def attend(
     """
     _check(query, view, mask, sinks)
     run = reference.attend
-    if chooses_triton(query, view, impl):
+    kernels = chooses_triton(query, view, impl)
+    if kernels:
         from rq_hf.ops.triton.attend import attend as run
+    # which tokens are the newest is known to the host alone
+    if view.counts is not None and (not kernels or (causal and query.shape[2] > 1)):
+        view = view.counted()
     with no_autocast(query.device):
         return run(query, view, scale=scale, mask=mask, causal=causal, softcap=softcap, sinks=sinks)
 
@@ -70,9 +74,11 @@ def _check(query: Tensor, view: LayerView, mask: Tensor | None, sinks: Tensor | 
     heads, queries = query.shape[1:3]
     if heads % kv_heads:
         raise ValueError(f"query heads must be a multiple of {kv_heads} KV heads, got {heads}")
-    if mask is not None and not _mask_fits(mask, (batch, heads, queries), view.length):
+    # of buffers of a fixed size, not all need be in use
+    tokens = view.length if view.counts is None else 1
+    if mask is not None and not _mask_fits(mask, (batch, heads, queries), tokens):
         raise ValueError(
-            f"mask must be [{batch} or 1, {heads} or 1, {queries} or 1, at least {view.length}], "
+            f"mask must be [{batch} or 1, {heads} or 1, {queries} or 1, at least {tokens}], "
             f"got {list(mask.shape)}"
         )
     if sinks is not None and sinks.numel() != heads:

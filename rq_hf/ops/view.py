@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -67,6 +67,9 @@ class LayerView:
             none.
         offset: Tokens dropped before the view's first: token `n` of the view has index
             `offset + n` in the sequence, which the key mean depends on.
+        counts: What of the tensors is in use, int32 `[4]` where the tensors are: sinks, recent
+            tokens, packed tokens, packed tiles. For buffers of a fixed size whose use only the
+            device knows; there is then one piece of recent tokens. None: all of them.
     """
 
     sinks: ExactRows
@@ -79,10 +82,27 @@ class LayerView:
     recent: tuple[ExactRows, ...]
     padding: Tensor | None = None
     offset: int = 0
+    counts: Tensor | None = None
+
+    def counted(self) -> LayerView:
+        """Returns the view of what is in use, without `counts`. Waits for the device."""
+        if self.counts is None:
+            return self
+        sinks, recent, packed, tiles = self.counts.tolist()
+        (tail,) = self.recent
+        return replace(
+            self,
+            sinks=replace(self.sinks, **_rows(self.sinks, sinks)),
+            packed_length=packed,
+            records=self.records[:, :, :tiles],
+            scales=self.scales[:, :, :tiles],
+            recent=(ExactRows(**_rows(tail, recent), first=sinks + packed),) if recent else (),
+            counts=None,
+        )
 
     @property
     def length(self) -> int:
-        """Tokens of a sequence."""
+        """Tokens of a sequence, or for how many there is room."""
         recent = sum(rows.keys.shape[2] for rows in self.recent)
         return self.sinks.keys.shape[2] + self.packed_length + recent
 
@@ -116,3 +136,7 @@ class LayerView:
             key.scatter_(2, at, self.sinks.keys)
             value.scatter_(2, at, self.sinks.values)
         return key, value
+
+
+def _rows(rows: ExactRows, count: int) -> dict[str, Tensor]:
+    return {"keys": rows.keys[:, :, :count], "values": rows.values[:, :, :count]}

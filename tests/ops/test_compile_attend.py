@@ -37,12 +37,12 @@ class Variant(NamedTuple):
     stack: dict[int, int]
 
 
-ALL_OFF = {"PADDED": False, "CAUSAL": False, "MASKED": 0, "CAPPED": False}
-ALL_ON = {"PADDED": True, "CAUSAL": True, "MASKED": 1, "CAPPED": True}
+ALL_OFF = {"PADDED": False, "CAUSAL": False, "MASKED": 0, "CAPPED": False, "COUNTED": False}
+ALL_ON = {"PADDED": True, "CAUSAL": True, "MASKED": 1, "CAPPED": True, "COUNTED": True}
 CODEC = {"T": 128, "KEY_BITS": 3, "VALUE_BITS": 3, "SKETCH": False, "H": 4}
 EXACT = {"N": 64, "H": 4, "PLAIN": False, "PACKED": True, "PRECONDITIONED": True}
 TURNS = {"PAIRS": 64, "TURNED": 64, "INTERLEAVED": False, "SLOW": True, "FIRST_SLOW": 16}
-PARTS = {"ROWS": 1, "H": 4, "PARTS": 512, "BLOCK": 64, "PRECONDITIONED": True, "SINK": False}
+PARTS = {"H": 4, "PARTS": 256, "BLOCK": 32, "PRECONDITIONED": True, "SINK": False}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "attend_tiles": {**CODEC, **ALL_OFF, "D": 128, "PAIRS": 64, "HALVES": 5, "SLOW": True},
     "attend_plain": {**CODEC, **ALL_OFF, "D": 80, "DP": 128, "PAIRS": 64},
@@ -50,7 +50,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         **{**EXACT, **TURNS, **ALL_OFF},
         **{"D": 128, "DP": 128, "SKETCH": False, "HAS_LOW": False},
     },
-    "combine": {**PARTS, "D": 128, "DP": 128, "HAS_LOW": False},
+    "combine": {**PARTS, "D": 128, "DP": 128, "PACKED": True, "HAS_LOW": False},
 }
 TWO = {"KEY_BITS": 2, "VALUE_BITS": 2}
 FOUR = {"KEY_BITS": 4, "VALUE_BITS": 4, "T": 64}
@@ -63,20 +63,20 @@ WIDE_EXACT = {**WIDE_ROWS, "N": 32, "PAIRS": 128, "TURNED": 128, "FIRST_SLOW": 3
 
 VARIANTS: dict[str, Variant] = {
     "2 bits": Variant("attend_tiles", TWO, {90: 0}),
-    "3 bits": Variant("attend_tiles", {}, {90: 0, 80: 0}),
+    # two tables in registers of every lane, for which others make room
+    "3 bits": Variant("attend_tiles", {}, {90: 8, 80: 0}),
     "4 bits": Variant("attend_tiles", FOUR, {90: 0, 80: 0}),
-    "sketch": Variant("attend_tiles", SKETCH, {90: 0}),
-    # one number, which is stored before the loop and read behind it
-    "narrow": Variant("attend_tiles", NARROW, {90: 8}),
-    "wide": Variant("attend_tiles", WIDE, {90: 0, 80: 24}),
+    "sketch": Variant("attend_tiles", SKETCH, {90: 48}),
+    "narrow": Variant("attend_tiles", NARROW, {90: 16}),
+    "wide": Variant("attend_tiles", WIDE, {90: 0, 80: 0}),
     "all on": Variant("attend_tiles", ALL_ON, {90: 0}),
-    "2 bits, 8 rows": Variant("attend_tiles", {**TWO, "H": 8}, {90: 48}),
-    "3 bits, 8 rows": Variant("attend_tiles", {"H": 8}, {90: 168}),
-    "4 bits, 8 rows": Variant("attend_tiles", {**FOUR, "H": 8}, {90: 24}),
-    "sketch, 8 rows": Variant("attend_tiles", {**SKETCH, "H": 8}, {90: 464, 80: 168}),
-    "narrow, 8 rows": Variant("attend_tiles", {**NARROW, "H": 8}, {90: 0}),
-    "wide, 8 rows": Variant("attend_tiles", {**WIDE, "H": 8}, {90: 128}),
-    "all on, 8 rows": Variant("attend_tiles", {**ALL_ON, "H": 8}, {90: 64, 80: 216}),
+    "2 bits, 8 rows": Variant("attend_tiles", {**TWO, "H": 8}, {90: 120}),
+    "3 bits, 8 rows": Variant("attend_tiles", {"H": 8}, {90: 232}),
+    "4 bits, 8 rows": Variant("attend_tiles", {**FOUR, "H": 8}, {90: 16}),
+    "sketch, 8 rows": Variant("attend_tiles", {**SKETCH, "H": 8}, {90: 496, 80: 136}),
+    "narrow, 8 rows": Variant("attend_tiles", {**NARROW, "H": 8}, {90: 8}),
+    "wide, 8 rows": Variant("attend_tiles", {**WIDE, "H": 8}, {90: 144}),
+    "all on, 8 rows": Variant("attend_tiles", {**ALL_ON, "H": 8}, {90: 72, 80: 152}),
     "prepare": Variant("prepare", {}, {90: 0, 80: 0}),
     # rows of 256 numbers are rotated whole, once a call
     "prepare, wide": Variant(
@@ -85,8 +85,8 @@ VARIANTS: dict[str, Variant] = {
     "combine": Variant("combine", {}, {90: 0, 80: 0}),
     "combine, wide": Variant(
         "combine",
-        {**WIDE_ROWS, "ROWS": 8, "BLOCK": 4, "SINK": True, "HAS_LOW": True},
-        {90: 152, 80: 0},
+        {**WIDE_ROWS, "PARTS": 512, "BLOCK": 32, "SINK": True, "HAS_LOW": True},
+        {90: 8, 80: 0},
     ),
     "plain": Variant("attend_plain", {}, {90: 32, 80: 0}),
     # sums of 16 rows of up to 256 numbers, for sizes that few models have
@@ -98,11 +98,11 @@ VARIANTS: dict[str, Variant] = {
 }
 FLOATS = {"score_factor", "cap", "key_step", "value_step"}
 POINTERS = {
-    "fp16": {"SCALES", "ROPE", "KEY_ROTATION", "VALUE_ROTATION", "SKETCHED"},
+    "fp16": {"SCALES", "ROPE", "KEY_ROTATION", "VALUE_ROTATION", "SKETCHED", "TURNED_TERMS"},
     "bf16": {"QUERY", "SINK_KEY", "SINK_VALUE", "KEY0", "VALUE0", "KEY1", "VALUE1", "OUT"},
     "i1": {"MASK"},
     "i8": {"ROWS8"},
-    "i32": {"RECORDS"},
+    "i32": {"RECORDS", "COUNTS"},
     "i64": {"PADDING"},
 }
 ALIGNED_STRIDE = re.compile(r"(record|scale|query|sink)_(batch|head|query)|(batch|head)[01]")
@@ -126,8 +126,8 @@ def compile_variant(variant: Variant, capability: int) -> Any:
     kernel, num_warps = {
         "attend_tiles": (attend_tiles, 1),
         "attend_plain": (attend_plain, 8 if wide else 4),
-        "prepare": (prepare, 8 if wide else 4),
-        "combine": (combine, 8),
+        "prepare": (prepare, 8),
+        "combine": (combine, 8 if wide else 4),
     }[variant.kernel]
     if kernel is prepare:
         constants["COMPUTE"] = tl.bfloat16

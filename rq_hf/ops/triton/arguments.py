@@ -56,6 +56,15 @@ class KeyMean(NamedTuple):
     balance: Any
 
 
+class Statistics(NamedTuple):
+    """Tensors of a `Preconditioner`, float32 [B, Hk, D] each."""
+
+    pre_mean: Any
+    post_mean: Any
+    balance: Any
+    value_mean: Any
+
+
 class Turns(NamedTuple):
     """Cosines and sines that RoPE turns pairs by, float32; and the pairs themselves.
 

@@ -15,7 +15,7 @@ from rq_hf.ops.dispatch import MAX_QUERIES
 from rq_hf.ops.triton.attend_plain import attend_plain
 from rq_hf.ops.triton.attend_tiles import attend_tiles
 from rq_hf.ops.triton.combine import combine
-from rq_hf.ops.triton.launching import interpreting, launch, on_device, processors
+from rq_hf.ops.triton.launching import interpreting, launch, on_device
 from rq_hf.ops.triton.prepare import prepare
 from rq_hf.ops.triton.tables import RopeOperands, codec_tables, padded_pairs, rope_operands
 from rq_hf.ops.triton.workspace import Sizes, Workspace
@@ -24,6 +24,8 @@ from rq_hf.ops.view import ExactRows, LayerView
 _LOG2E = math.log2(math.e)
 # pieces of recent tokens: the tail, and tokens that are not stored yet
 _PIECES = 2
+# parts that `combine` adds up at a time
+_PARTS_AT_ONCE = 32
 
 
 def obstacle(query: Tensor, view: LayerView) -> str | None:
@@ -99,6 +101,7 @@ class _Call:
         self.last_seen = view.length - sizes.queries
         self.masked = 0 if mask is None else 1 if mask.dtype == torch.bool else 2
         # a tensor stands in for those that are not there
+        self.counts = query if view.counts is None else view.counts
         self.mask = query
         self.mask_strides: tuple[int, ...] = (0, 0, 0, 0)
         if mask is not None:
@@ -146,8 +149,7 @@ class _Call:
                 some if pre is None else pre.pre_mean,
                 some if pre is None else pre.post_mean,
                 some if angles is None else angles.origin,
-                some if angles is None else angles.tiles,
-                some if angles is None else angles.chebyshev,
+                some if angles is None else angles.turned_terms,
                 some if view.padding is None else view.padding,
                 first.keys,
                 first.values,
@@ -156,6 +158,7 @@ class _Call:
                 piece1.keys,
                 piece1.values,
                 self.mask,
+                self.counts,
                 space.rows8,
                 space.row_scales,
                 space.rows,
@@ -179,6 +182,7 @@ class _Call:
                 sizes.queries,
                 sizes.units,
                 sizes.tiles,
+                0 if angles is None else angles.turned_terms.shape[-1],
                 sizes.splits,
                 sizes.parts,
                 self.last_seen,
@@ -203,10 +207,11 @@ class _Call:
                 "MASKED": self.masked,
                 "CAPPED": self.cap > 0,
                 "COMPUTE": _triton_type(first.keys.dtype) if half else tl.float32,
-                "FIRST_SLOW": angles.halves // 4 * 16 if angles is not None and self.slow else 0,
+                "FIRST_SLOW": angles.first_slow if angles is not None and self.slow else 0,
                 "HAS_LOW": self.tables.key_rotation.has_low,
+                "COUNTED": view.counts is not None,
             },
-            num_warps=8 if self.width > 128 else 4,
+            num_warps=8,
         )
 
     def attend_packed(self) -> None:
@@ -282,12 +287,14 @@ class _Call:
             some if self.angles is None else self.angles.tiles,
             some if view.padding is None else view.padding,
             self.mask,
+            self.counts,
             space.partial,
             space.weight,
             *view.records.stride()[:2],
             *view.scales.stride()[:2],
             *self.mask_strides,
             view.packed_length,
+            sizes.tiles,
             sizes.splits,
             sizes.parts,
             view.packed_start,
@@ -317,19 +324,17 @@ class _Call:
             "CAUSAL": self.causal and newest > self.last_seen + 1,
             "MASKED": self.masked,
             "CAPPED": self.cap > 0,
+            "COUNTED": view.counts is not None,
         }
 
     def combine(self, logits: Tensor | None) -> Tensor:
         """Merges all parts, with `logits` `[Hq]` that have no value, and turns packed sums back."""
         sizes, pre, space = self.sizes, self.view.preconditioner, self.space
         out = torch.empty(self.query.shape, dtype=self.query.dtype, device=self.query.device)
-        rows = sizes.block
-        # few units: more programs, each with fewer rows, share the work
-        while rows > 1 and sizes.rows // rows < 2 * processors(out.device):
-            rows //= 2
+        parts = triton.next_power_of_2(sizes.parts)
         launch(
             combine,
-            (sizes.rows // rows, 1),
+            (sizes.units, sizes.block),
             (
                 space.partial,
                 space.weight,
@@ -347,14 +352,14 @@ class _Call:
                 "D": self.dim,
                 "DP": self.width,
                 "H": sizes.block,
-                "ROWS": rows,
-                "PARTS": triton.next_power_of_2(sizes.parts),
-                "BLOCK": max(4, 8192 // (rows * self.width)),
+                "PARTS": max(16, parts),
+                "BLOCK": max(16, min(parts, _PARTS_AT_ONCE)),
+                "PACKED": sizes.splits > 0,
                 "PRECONDITIONED": pre is not None,
                 "SINK": logits is not None,
                 "HAS_LOW": self.tables.value_rotation.has_low,
             },
-            num_warps=8,
+            num_warps=8 if self.width > 128 else 4,
         )
         return out
 

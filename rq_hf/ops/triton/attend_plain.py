@@ -28,10 +28,20 @@ def codes(RECORD, group, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.co
 
 
 # numbers that change from step to step: a kernel compiled anew for some would stall generation
-COUNTS = ("tokens", "splits", "parts", "first_token", "last_seen", "kv_heads", "group", "queries")
+VARYING = (
+    "tokens",
+    "capacity",
+    "splits",
+    "parts",
+    "first_token",
+    "last_seen",
+    "kv_heads",
+    "group",
+    "queries",
+)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=VARYING)
 def attend_plain(
     RECORDS,
     SCALES,
@@ -44,6 +54,7 @@ def attend_plain(
     ANGLES,
     PADDING,
     MASK,
+    COUNTS,
     PARTIAL,
     WEIGHT,
     record_batch,
@@ -55,6 +66,7 @@ def attend_plain(
     mask_query,
     mask_token,
     tokens,
+    capacity,
     splits,
     parts,
     first_token,
@@ -75,12 +87,16 @@ def attend_plain(
     CAUSAL: tl.constexpr,
     MASKED: tl.constexpr,
     CAPPED: tl.constexpr,
+    COUNTED: tl.constexpr,
 ):
     """Writes the partial result of one split for a block of H rows; arguments as `attend_tiles`.
 
     ROWS holds the rotated (and sketched) rows, float32 [units, 1 or 2, H, D]; LOCAL the cosines and
     sines of positions from a tile's centre, float32 [T, 2, PAIRS], ANGLES those of the centres.
     """
+    if COUNTED:
+        first_token = tl.load(COUNTS)
+        tokens = tl.load(COUNTS + 2)
     split = tl.program_id(0)
     unit = tl.program_id(1)
     batch, kv_head, in_group, query, exists = row_of(unit, kv_heads, group, queries, H)

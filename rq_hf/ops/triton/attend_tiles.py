@@ -16,16 +16,23 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from rq_hf.ops.triton.mean_term import mean_products
-from rq_hf.ops.triton.operands import operands, operands_1
+from rq_hf.ops.triton.operands import in_lanes, operands, operands_1
+
+
+@gluon.jit
+def load_once(pointer):
+    """Words that nobody reads again: what all tiles share is to stay in the caches."""
+    return gl.load(pointer, eviction_policy="evict_first")
 
 
 @gluon.jit
 def load_words(
     pointer, offsets, PLANE: gl.constexpr, BITS: gl.constexpr
 ):  # three planes for 3 bits, else one and two stand-ins
-    first = gl.load(pointer + offsets)
+    first = load_once(pointer + offsets)
     if BITS == 3:
-        return first, gl.load(pointer + offsets + PLANE), gl.load(pointer + offsets + 2 * PLANE)
+        second = load_once(pointer + offsets + PLANE)
+        return first, second, load_once(pointer + offsets + 2 * PLANE)
     else:
         return first, first, first
 
@@ -75,10 +82,20 @@ def load_rows(pointer, row, width: gl.constexpr, stride: gl.constexpr, B: gl.con
 
 
 # numbers that change from step to step: a kernel compiled anew for some would stall generation
-COUNTS = ("tokens", "splits", "parts", "first_token", "last_seen", "kv_heads", "group", "queries")
+VARYING = (
+    "tokens",
+    "capacity",
+    "splits",
+    "parts",
+    "first_token",
+    "last_seen",
+    "kv_heads",
+    "group",
+    "queries",
+)
 
 
-@gluon.jit(do_not_specialize=COUNTS)
+@gluon.jit(do_not_specialize=VARYING)
 def attend_tiles(
     RECORDS,
     SCALES,
@@ -91,6 +108,7 @@ def attend_tiles(
     ANGLES,
     PADDING,
     MASK,
+    COUNTS,
     PARTIAL,
     WEIGHT,
     record_batch,
@@ -102,6 +120,7 @@ def attend_tiles(
     mask_query,
     mask_token,
     tokens,
+    capacity,
     splits,
     parts,
     first_token,
@@ -133,6 +152,7 @@ def attend_tiles(
     CAUSAL: gl.constexpr,
     MASKED: gl.constexpr,
     CAPPED: gl.constexpr,
+    COUNTED: gl.constexpr,
 ):
     """Writes the partial result of one split for a block of H query rows of one KV head.
 
@@ -143,12 +163,14 @@ def attend_tiles(
         ROW_SCALES: float32 [B Hk, blocks, 1 or 2, H]: steps of these integers.
         COEF: float32 [B Hk, blocks, 2, H, PAIRS], see `mean_products`.
         CONSTANT: float32 [B Hk, blocks, H], added to all scores of a row.
-        BASIS: float32 [B Hk, blocks, tiles, H, 8], see `mean_products`.
+        BASIS: float32 [B Hk, blocks, capacity, H, 8], see `mean_products`.
         PADDING: int64 [B]; that many first packed tokens are hidden.
         MASK: bool (MASKED = 1) or float (2) [B, Hq, L, N] with the strides `mask_...`.
+        COUNTS: int32 [4], see `LayerView.counts`; in place of `tokens` and `first_token` (COUNTED).
         PARTIAL: float32 [B Hk, blocks, parts, H, D].
         WEIGHT: float32 [B Hk, blocks, parts, H, 2]: maximum (base 2) and sum.
         tokens: Packed tokens.
+        capacity: Tiles that there is room for.
         first_token: Index of the first packed token in the sequence.
         last_seen: Index of the last packed token that the first query may see (CAUSAL).
         key_step, value_step: Steps of the integer levels.
@@ -185,6 +207,11 @@ def attend_tiles(
     SIDES: gl.constexpr = 2 if SKETCH else 1
     SCALE_ROWS: gl.constexpr = 3 if SKETCH else 2
 
+    if COUNTED:
+        first_token = gl.load(COUNTS)
+        tokens = gl.load(COUNTS + 2)
+    k0_, k1_, k2_, k3_ = in_lanes(k0_), in_lanes(k1_), in_lanes(k2_), in_lanes(k3_)
+    v0_, v1_, v2_, v3_ = in_lanes(v0_), in_lanes(v1_), in_lanes(v2_), in_lanes(v3_)
     split = gl.program_id(0)
     unit = gl.program_id(1)
     blocks = (group * queries + H - 1) // H
@@ -213,12 +240,12 @@ def attend_tiles(
     scales = SCALES + batch * scale_batch + kv_head * scale_head
 
     # words of the next tile are loaded as soon as those of this one are used
-    here = records + gl.minimum(start, tiles - 1).to(gl.int64) * RECORD
+    here = records + gl.maximum(gl.minimum(start, tiles - 1), 0).to(gl.int64) * RECORD
     if not WIDE:
         k0w, k1w, k2w = load_words(here, key_at, KEY_LOAD, KEY_BITS)
         v0w, v1w, v2w = load_words(here, value_at, VALUE_PLANE, VALUE_BITS)
         if SKETCH:
-            sw = gl.load(here + sign_at)
+            sw = load_once(here + sign_at)
     column = gl.arange(0, 2 * H, layout=gl.SliceLayout(0, B))
     rows8 = ROWS8 + unit * (SIDES * 2 * H * D)
     q0 = load_rows(rows8, column, KEY_WIDTH, D, B)
@@ -272,6 +299,9 @@ def attend_tiles(
         + query.to(gl.int64) * mask_query
     )
 
+    # the constant is where the high parts of the mean's products start
+    start_mean = gl.join(constant, gl.full([H], 0.0, gl.float32, layout=gl.SliceLayout(0, S)))
+    start_mean = gl.convert_layout(gl.reshape(start_mean, [2 * H]), gl.SliceLayout(0, M))
     start_products = zero_half if JOINED else zero_scores
     if KEY_BITS == 4:
         # levels are stored as level + 64: 64 times the sum of a row is taken off in advance
@@ -313,7 +343,7 @@ def attend_tiles(
         if SKETCH:
             sign_scale_of = load_scales(scale_of + 2 * T, scale_at, T, gl.SliceLayout(1, S))
             if WIDE:
-                sw = gl.load(here + sign_at)
+                sw = load_once(here + sign_at)
             c0, c1, c2, c3 = operands_1(sw, 0xFF01, T // 2 if SIGN_JOINED else T, A)
             signed = block_products(
                 c0,
@@ -330,19 +360,22 @@ def attend_tiles(
                 M,
             )
             if WIDE:
-                sw = gl.load(here + sign_at + SIGN_WORDS // 2)
+                sw = load_once(here + sign_at + SIGN_WORDS // 2)
                 c0, c1, c2, c3 = operands_1(sw, 0xFF01, T, A)
                 signed = block_products(c0, c1, c2, c3, z4, z5, z6, z7, signed, True, False, M)
             else:
-                sw = gl.load(after + sign_at)
+                sw = load_once(after + sign_at)
             score += high_low(signed, T, H) * (sign_scale_of[:, None] * sign_scale[None, :])
         if PAIRS > 0:
             coef = COEF + unit * (2 * H * PAIRS)
-            basis = BASIS + (unit * tiles + tile) * (H * 8)
-            of_mean = mean_products(ROPE, ANGLES, coef, basis, tile, T, H, PAIRS, HALVES, SLOW, M)
+            basis = BASIS + (unit * capacity + tile) * (H * 8)
+            of_mean = mean_products(
+                ROPE, ANGLES, coef, basis, start_mean, tile, T, H, PAIRS, HALVES, SLOW, M
+            )
             high, low = gl.split(gl.reshape(of_mean, [T, H, 2]))
             score += high + low
-        score += constant[None, :]
+        else:
+            score += constant[None, :]
         if CAPPED:
             score = cap - (2 * cap) / (gl.exp2(score) + 1)
 

@@ -75,7 +75,7 @@ def encode_kernel(
     at = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
     if tl.program_id(2) == 0:
         data = keys.data + at[0] * keys.batch + at[1] * keys.head
-        _encode_keys(
+        encode_keys(
             data,
             keys.row,
             KeyMean(
@@ -99,7 +99,7 @@ def encode_kernel(
         )
     else:
         data = values.data + at[0] * values.batch + at[1] * values.head
-        _encode_values(
+        encode_values(
             data,
             values.row,
             value_mean + head * (shape.padded if CENTER_LAST else shape.head_dim),
@@ -117,7 +117,7 @@ def encode_kernel(
 
 
 @triton.jit
-def _encode_keys(
+def encode_keys(
     data,
     stride,
     mean,
@@ -171,7 +171,7 @@ def _encode_keys(
 
 
 @triton.jit
-def _encode_values(
+def encode_values(
     data,
     stride,
     mean,

@@ -62,50 +62,72 @@ def encode_arguments(
     scales: Tensor,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns arguments of `encode_kernel` and options of its launch."""
-    layout, device = codec.layout, keys.device
-    fragment = layout.order == "fragment"
-    narrow = compute_dtype(device, torch.bfloat16)
-    # values of 16 bits are rotated as they are, by a matrix of their type
-    exact = values.dtype in (torch.bfloat16, torch.float16)
-    value_dtype = compute_dtype(device, values.dtype) if exact else narrow
-    pairing = Pairing.of(preconditioner.rope)
-    key_quantizer = codec.key_quantizer
-    key_rotation = plan_rotation(key_quantizer.rotation, pairing, fragment, narrow, device)
-    value_rotation = plan_rotation(codec.value_quantizer.rotation, None, False, value_dtype, device)
     tiles, programs = records.shape[2], 2 * records.shape[:3].numel()
-    tiles_each = programs // (_PROGRAMS_EACH * processors(device))
+    tiles_each = programs // (_PROGRAMS_EACH * processors(keys.device))
+    constants, options = codec_arguments(
+        codec, values.dtype, Pairing.of(preconditioner.rope), keys.device
+    )
+    value_mean = preconditioner.value_mean.contiguous()
+    if constants["CENTER_LAST"]:
+        value_mean = rotated_mean(
+            preconditioner, codec.value_quantizer.rotation, constants["value_rotation"]
+        )
     arguments = {
-        "keys": _rows(keys),
-        "values": _rows(values),
+        "keys": rows_of(keys),
+        "values": rows_of(values),
         "key_mean": key_mean(preconditioner),
-        "turns": turns(preconditioner.rope, start, tiles, codec, device),
-        "value_mean": rotated_mean(preconditioner, codec.value_quantizer.rotation, value_rotation)
-        if exact
-        else preconditioner.value_mean.contiguous(),
-        "key_rotation": key_rotation,
-        "value_rotation": value_rotation,
-        "key_book": plan_book(key_quantizer.codebook, device),
-        "value_book": plan_book(codec.value_quantizer.codebook, device),
-        "sketch": plan_sketch(key_quantizer, fragment, narrow, device)
-        if isinstance(key_quantizer, ProdQuantizer)
-        else None,
-        "input_scales": plan_input_scales(device),
+        "turns": turns(preconditioner.rope, start, tiles, codec, keys.device),
+        "value_mean": value_mean,
         "records": records,
         "scales": scales,
         "heads": records.shape[1],
         "tiles": tiles,
         "tiles_each": max(1, min(_MOST_TILES, tiles, tiles_each)),
-        "shape": shape_of(layout),
-        "RULE": codec.value_quantizer.scale,
-        "CENTER_LAST": exact,
+        **constants,
     }
-    options = {"num_warps": 8 if codec.head_dim > 128 else 4, "num_stages": 1}
     if REGISTERS is not None and not interpreting():
         options["maxnreg"] = REGISTERS
     return arguments, options
 
 
-def _rows(states: Tensor) -> Rows:
+def codec_arguments(
+    codec: TileCodec, values: torch.dtype, pairing: Pairing, device: torch.device
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the arguments that do not depend on what is encoded, and options of the launch.
+
+    Args:
+        codec: How to pack.
+        values: Type of the values.
+        pairing: Pairs that RoPE turns.
+        device: Where it runs.
+    """
+    layout = codec.layout
+    fragment = layout.order == "fragment"
+    narrow = compute_dtype(device, torch.bfloat16)
+    # values of 16 bits are rotated as they are, by a matrix of their type
+    exact = values in (torch.bfloat16, torch.float16)
+    value_dtype = compute_dtype(device, values) if exact else narrow
+    keys = codec.key_quantizer
+    constants = {
+        "key_rotation": plan_rotation(keys.rotation, pairing, fragment, narrow, device),
+        "value_rotation": plan_rotation(
+            codec.value_quantizer.rotation, None, False, value_dtype, device
+        ),
+        "key_book": plan_book(keys.codebook, device),
+        "value_book": plan_book(codec.value_quantizer.codebook, device),
+        "sketch": plan_sketch(keys, fragment, narrow, device)
+        if isinstance(keys, ProdQuantizer)
+        else None,
+        "input_scales": plan_input_scales(device),
+        "shape": shape_of(layout),
+        "RULE": codec.value_quantizer.scale,
+        "CENTER_LAST": exact,
+    }
+    return constants, {"num_warps": 8 if codec.head_dim > 128 else 4, "num_stages": 1}
+
+
+def rows_of(states: Tensor) -> Rows:
+    """Returns states as kernels take them."""
     if states.stride(3) != 1:
         states = states.contiguous()
     return Rows(states, *states.stride()[:3])

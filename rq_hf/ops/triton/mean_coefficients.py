@@ -52,8 +52,7 @@ def store_slow_pairs(
     QUERY,
     PRE,
     ORIGIN,
-    ANGLES,
-    CHEBYSHEV,
+    TURNED_TERMS,
     BASIS,
     index,
     query_batch,
@@ -63,7 +62,8 @@ def store_slow_pairs(
     group,
     queries,
     units,
-    tiles,
+    capacity,
+    columns,
     factor,
     D: tl.constexpr,
     H: tl.constexpr,
@@ -75,6 +75,7 @@ def store_slow_pairs(
     """Stores, for 16 rows and 16 tiles, what the slow pairs of q . RoPE_n(pre_mean) add up to.
 
     Within a tile these are eight Chebyshev polynomials of the position; see `tables.RopeOperands`.
+    Blocks are numbered rows first.
     """
     blocks_of_rows = (units * H + 15) // 16
     r = (index % blocks_of_rows) * 16 + tl.arange(0, 16)
@@ -86,13 +87,16 @@ def store_slow_pairs(
     batch = (head // kv_heads).to(tl.int64)
     query_of = (head % kv_heads) * group + row // queries
     queries_at = QUERY + batch * query_batch + query_of * query_head + (row % queries) * query_query
-    column = tl.arange(0, 128)
-    first_tile = (index // blocks_of_rows) * 16
-    some = first_tile + tl.arange(0, 16)
-    term = tl.arange(0, 8)
+    SLOW: tl.constexpr = PAIRS - FIRST_SLOW
+    # a multiple of 16, which the compiler is to know
+    columns = columns // 16 * 16
+    column = (index // blocks_of_rows) * 128 + tl.arange(0, 128)
+    inside = column < columns
     sums = tl.zeros([16, 128], tl.float32)
-    for at in tl.static_range(FIRST_SLOW, PAIRS, 16):
-        p = at + tl.arange(0, 16)
+    for at in tl.static_range(0, SLOW, 16):
+        pair = at + tl.arange(0, 16)
+        terms = TURNED_TERMS + pair[:, None].to(tl.int64) * columns + column[None, :]
+        p = FIRST_SLOW + pair
         real = p < TURNED
         if INTERLEAVED:
             one, other = 2 * p, 2 * p + 1
@@ -108,18 +112,24 @@ def store_slow_pairs(
         sin = tl.load(ORIGIN + PAIRS + p)[None, :]
         v1 = m1 * cos - m2 * sin
         v2 = m2 * cos + m1 * sin
-        angle = ANGLES + some[None, :].to(tl.int64) * (2 * PAIRS) + p[:, None]
-        known = (some < tiles)[None, :] & (p >= 0)[:, None]
-        tile_cos = tl.load(angle, mask=known, other=0.0)[:, :, None]
-        tile_sin = tl.load(angle + PAIRS, mask=known, other=0.0)[:, :, None]
-        even = tl.load(CHEBYSHEV + term[None, :] * PAIRS + p[:, None])[:, None, :]
-        odd = tl.load(CHEBYSHEV + (8 + term)[None, :] * PAIRS + p[:, None])[:, None, :]
-        of_a = tl.reshape(tile_cos * even - tile_sin * odd, [16, 128])
-        of_b = tl.reshape(tile_sin * even + tile_cos * odd, [16, 128])
-        sums = tl.dot(x1 * v1 + x2 * v2, of_a, sums, input_precision="ieee")
-        sums = tl.dot(x2 * v1 - x1 * v2, of_b, sums, input_precision="ieee")
-    tile = first_tile + column // 8
-    term_of = column % 8
-    place = (unit[:, None].to(tl.int64) * tiles + tile[None, :]) * H + (r % H)[:, None]
-    valid = (unit < units)[:, None] & (tile < tiles)[None, :]
-    tl.store(BASIS + place * 8 + term_of[None, :], sums, mask=valid)
+        a = x1 * v1 + x2 * v2
+        b = x2 * v1 - x1 * v2
+        peak = tl.maximum(tl.max(tl.maximum(tl.abs(a), tl.abs(b)), 1), 1e-30)[:, None]
+        product = times_parts(a / peak, terms, 2 * SLOW * columns, inside)
+        other_half = terms + SLOW * columns
+        product += times_parts(b / peak, other_half, 2 * SLOW * columns, inside)
+        sums += product * peak
+    tile = column // 8
+    place = (unit[:, None].to(tl.int64) * capacity + tile[None, :]) * H + (r % H)[:, None]
+    valid = (unit < units)[:, None] & (tile < capacity)[None, :]
+    tl.store(BASIS + place * 8 + (column % 8)[None, :], sums, mask=valid)
+
+
+@triton.jit
+def times_parts(x, HIGH, low_behind, inside):
+    """x [16, 16], at most 1, times a matrix [16, n] of two parts in float16."""
+    high = x.to(tl.float16)
+    low = (x - high.to(tl.float32)).to(tl.float16)
+    first = tl.load(HIGH, mask=inside[None, :], other=0.0)
+    second = tl.load(HIGH + low_behind, mask=inside[None, :], other=0.0)
+    return tl.dot(high, first, tl.dot(low, first, tl.dot(high, second)))

@@ -12,6 +12,7 @@ def mean_products(
     ANGLES,
     COEF,
     BASIS,
+    start,
     tile,
     T: gl.constexpr,
     H: gl.constexpr,
@@ -30,6 +31,7 @@ def mean_products(
         ANGLES: float32 [tiles, 2, PAIRS], cos and sin at the tiles' centres.
         COEF: float32 [2, H, PAIRS], coefficients of cos and of sin of the rows.
         BASIS: float32 [H, 8], coefficients of the Chebyshev polynomials in this tile.
+        start: float32 [2H], what is added to every token's products.
     """
     TABLE: gl.constexpr = gl.DotOperandLayout(0, M, 2)
     ROWS: gl.constexpr = gl.DotOperandLayout(1, M, 2)
@@ -46,7 +48,7 @@ def mean_products(
         gl.arange(0, WORDS, layout=gl.SliceLayout(1, LT))[:, None] * 8
         + gl.arange(0, 8, layout=gl.SliceLayout(0, LT))[None, :]
     )
-    sums = gl.full([T, 2 * H], 0.0, gl.float32, layout=M)
+    sums = gl.full([T, 2 * H], 0.0, gl.float32, layout=M) + start[None, :]
     for block in gl.static_range((HALVES + 1) // 2):
         first = fast_half(coef, angle, low, 2 * block, H, PAIRS, LB)
         if 2 * block + 1 < HALVES:

@@ -87,7 +87,7 @@ def turns(
     return Turns(
         *_cos_sin(rope, start, tiles, length, codec.head_dim, device),
         *_cos_sin(rope, 0, length, 1, codec.head_dim, device),
-        *_pairs(Pairing.of(rope), codec.head_dim, device),
+        *pairs(Pairing.of(rope), codec.head_dim, device),
     )
 
 
@@ -107,7 +107,8 @@ def _cos_sin(
 
 
 @lru_cache(maxsize=64)
-def _pairs(pairing: Pairing, head_dim: int, device: torch.device) -> tuple[Tensor, tl.constexpr]:
+def pairs(pairing: Pairing, head_dim: int, device: torch.device) -> tuple[Tensor, tl.constexpr]:
+    """Returns the dimensions of the pairs, int32 [2, D / 2], and whether these are the halves."""
     dims = pairing.dims(head_dim)
     halves = bool((dims.flatten() == torch.arange(head_dim)).all())
     return dims.to(device=device, dtype=torch.int32).contiguous(), tl.constexpr(halves)

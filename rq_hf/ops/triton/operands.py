@@ -13,6 +13,25 @@ from triton.experimental.gluon import language as gl
 
 
 @gluon.jit
+def in_lanes(word):
+    """The same word, in a register of every lane.
+
+    The compiler keeps what all lanes share in uniform registers, which `prmt` cannot read: it would
+    copy a table for every look-up. It does not see that no lane is below itself.
+    """
+    return gl.inline_asm_elementwise(
+        """{ .reg .b32 a, b;
+        mov.u32 a, %lanemask_lt; mov.u32 b, %lanemask_eq;
+        and.b32 a, a, b; xor.b32 $0, $1, a; }""",
+        "=r,r",
+        [word],
+        dtype=gl.int32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
 def look_up_2(word, table):
     """Four int8 tensors, operands 0 to 3, of codes of 2 bits."""
     return gl.inline_asm_elementwise(

@@ -14,7 +14,7 @@ from rq_hf.ops.triton.mean_coefficients import store_coefficients, store_slow_pa
 from rq_hf.ops.triton.query_rows import multiply, row_of, store_rows
 
 # numbers that change from step to step: a kernel compiled anew for some would stall generation
-COUNTS = (
+VARYING = (
     "sinks",
     "count0",
     "count1",
@@ -24,14 +24,15 @@ COUNTS = (
     "group",
     "queries",
     "units",
-    "tiles",
+    "capacity",
+    "columns",
     "splits",
     "parts",
     "last_seen",
 )
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=VARYING)
 def prepare(
     QUERY,
     BALANCE,
@@ -40,8 +41,7 @@ def prepare(
     PRE,
     POST,
     ORIGIN,
-    ANGLES,
-    CHEBYSHEV,
+    TURNED_TERMS,
     PADDING,
     SINK_KEY,
     SINK_VALUE,
@@ -50,6 +50,7 @@ def prepare(
     KEY1,
     VALUE1,
     MASK,
+    COUNTS,
     ROWS8,
     ROW_SCALES,
     ROWS,
@@ -80,7 +81,8 @@ def prepare(
     group,
     queries,
     units,
-    tiles,
+    capacity,
+    columns,
     splits,
     parts,
     last_seen,
@@ -105,22 +107,34 @@ def prepare(
     COMPUTE: tl.constexpr,
     FIRST_SLOW: tl.constexpr,
     HAS_LOW: tl.constexpr,
+    COUNTED: tl.constexpr,
 ):
     """Grid: (1 + chunks of exact rows + what slow pairs take, units).
 
     Outputs are laid out as `attend_tiles` reads them.
+
+    Args:
+        COUNTS: int32 [4], see `LayerView.counts`; in place of `sinks`, `count0` and `index0`
+            (COUNTED).
+        TURNED_TERMS: float16 [2, 2, slow pairs, `columns`], see `tables.RopeOperands`.
+        capacity: Tiles that there is room for.
     """
     part = tl.program_id(0) - 1
+    used = capacity
+    if COUNTED:
+        sinks = tl.load(COUNTS)
+        count0 = tl.load(COUNTS + 1)
+        index0 = sinks + tl.load(COUNTS + 2)
+        used = tl.load(COUNTS + 3)
     if SLOW:
         which = (part - (parts - splits)) * units + tl.program_id(1)
         if which >= 0:
-            if which < ((units * H + 15) // 16) * ((tiles + 15) // 16):
+            if which < ((units * H + 15) // 16) * ((used + 15) // 16):
                 store_slow_pairs(
                     QUERY,
                     PRE,
                     ORIGIN,
-                    ANGLES,
-                    CHEBYSHEV,
+                    TURNED_TERMS,
                     BASIS,
                     which,
                     query_batch,
@@ -130,7 +144,8 @@ def prepare(
                     group,
                     queries,
                     units,
-                    tiles,
+                    capacity,
+                    columns,
                     score_factor,
                     D,
                     H,

@@ -90,7 +90,9 @@ class RopeOperands:
         operands: float16, the table in the order of tensor-core operands.
         rows: float32 [T, 2, PAIRS], cos and sin of positions from the centre, as plain rows.
         tiles: float32 [tiles, 2, PAIRS], cos and sin of the tiles' centres.
-        chebyshev: float32 [2, 8, PAIRS], coefficients of cos and of sin; zero for fast pairs.
+        turned_terms: float16 [2, 2, PAIRS - first_slow, 8 tiles], in high and low parts: what cos and
+            sin of a pair, counted from the first token on, add to the polynomials of each tile;
+            zero for fast pairs.
         origin: float32 [2, PAIRS], cos and sin of the first packed position.
     """
 
@@ -99,8 +101,13 @@ class RopeOperands:
     operands: Tensor
     rows: Tensor
     tiles: Tensor
-    chebyshev: Tensor
+    turned_terms: Tensor
     origin: Tensor
+
+    @property
+    def first_slow(self) -> int:
+        """The first pair in `turned_terms`: a multiple of 16 that no slow pair is before."""
+        return self.halves // 4 * 16
 
 
 _codecs: WeakKeyDictionary[TileCodec, dict[torch.device, CodecTables]] = WeakKeyDictionary()
@@ -174,7 +181,8 @@ def _make_rope_operands(
     position = torch.arange(length, dtype=torch.float64) - (length - 1) / 2
     rows = _angles(rope, position, pairs)
     halves, slow = _split_pairs(rope, length)
-    centre = torch.arange(tiles) * length + (length - 1) / 2
+    # an even number: rows of `turned_terms` are then aligned
+    centre = torch.arange(tiles + tiles % 2) * length + (length - 1) / 2
     return RopeOperands(
         halves=halves,
         slow=slow,
@@ -183,7 +191,7 @@ def _make_rope_operands(
         ),
         rows=rows.to(device, torch.float32),
         tiles=_angles(rope, centre, pairs).to(device, torch.float32),
-        chebyshev=_chebyshev(rope, length, 4 * halves, pairs).to(device, torch.float32),
+        turned_terms=_turned_terms(rope, length, centre, halves, pairs).to(device),
         origin=_angles(rope, torch.tensor([start]), pairs)[0].to(device, torch.float32),
     )
 
@@ -218,6 +226,18 @@ def _chebyshev(rope: RopeTable, length: int, fast: int, pairs: int) -> Tensor:
     table = torch.stack([even, odd])
     table[:, :, :fast] = 0
     return torch.nn.functional.pad(table, (0, pairs - len(turns)))
+
+
+def _turned_terms(rope: RopeTable, length: int, centre: Tensor, halves: int, pairs: int) -> Tensor:
+    """See `RopeOperands.turned_terms`."""
+    even, odd = _chebyshev(rope, length, 4 * halves, pairs)[:, :, halves // 4 * 16 :, None]
+    cos, sin = _angles(rope, centre, pairs)[:, :, halves // 4 * 16 :].permute(1, 2, 0)
+    terms = torch.stack(
+        [cos * even - sin * odd, sin * even + cos * odd]
+    )  # cos | sin, k, pair, tile
+    terms = terms.permute(0, 2, 3, 1).flatten(2)
+    high = terms.half()
+    return torch.stack([high, (terms - high.double()).half()])
 
 
 def _in_operand_order(rows: Tensor, u: Tensor, halves: int, slow: bool) -> Tensor:

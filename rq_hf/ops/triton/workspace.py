@@ -13,7 +13,8 @@ from rq_hf.ops.view import ExactRows, LayerView
 
 # programs of one warp that share a multiprocessor, as their registers allow
 _PROGRAMS = 8
-_MAX_SPLITS = 256
+# so many `combine` reads at once
+_MAX_PARTS = 256
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Sizes:
         tiles = view.records.shape[2] if view.packed_length else 0
         wanted = processors(query.device) * _PROGRAMS // units
         chunk = 64 if head_dim <= 128 else 32
+        chunks = sum(-(-rows.keys.shape[2] // chunk) for rows in pieces)
         return cls(
             batch=batch,
             kv_heads=kv_heads,
@@ -63,9 +65,9 @@ class Sizes:
             block=block,
             units=units,
             tiles=tiles,
-            splits=min(tiles, max(1, min(wanted, _MAX_SPLITS))),
+            splits=_splits(tiles, min(wanted, max(_MAX_PARTS - chunks, _MAX_PARTS // 2))),
             chunk=chunk,
-            chunks=sum(-(-rows.keys.shape[2] // chunk) for rows in pieces),
+            chunks=chunks,
         )
 
     @property
@@ -135,6 +137,12 @@ class Workspace:
             at += _aligned(count)
         pieces["rows8"] = pieces["rows8"].view(torch.int8)
         return cls(**pieces)
+
+
+def _splits(tiles: int, most: int) -> int:
+    """The fewest parts that are no larger than those of the `most` that there may be."""
+    each = -(-tiles // max(1, most))
+    return -(-tiles // max(1, each))
 
 
 def _aligned(count: int) -> int:

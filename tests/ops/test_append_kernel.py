@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The append kernel against the reference: the same rows, counts and packed words."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+import torch
+from support.compile import compile_call, outside_interpreter
+from torch import Tensor
+
+from rq_hf.ops.append import append
+from rq_hf.quant.preconditioning import Preconditioner
+from rq_hf.quant.rope import RopeTable
+from rq_hf.quant.tiles import TileCodec
+
+pytest.importorskip("triton")
+
+BATCH, HEADS, TILES, SINKS = 2, 2, 4, 4
+# over two tiles, the first steps before the first of them
+BEFORE, BEHIND = 2, 3
+
+CASES: dict[str, tuple[int, int, torch.dtype, dict[str, Any]]] = {
+    "3 bits": (64, 40, torch.float32, {}),
+    "as many kept as a tile has": (128, 128, torch.bfloat16, {}),
+    "more": (128, 150, torch.bfloat16, {"key_bits": 2, "value_bits": 4, "rope": False}),
+    "none kept": (64, 0, torch.float16, {"key_bits": 4, "value_bits": 4}),
+    "plain order": (80, 40, torch.float32, {"rotary": 0.5}),
+    "signs": (64, 40, torch.bfloat16, {"key_codec": "prod", "base": 1}),
+}
+
+
+def run(device: torch.device, case: str, impl: str) -> dict[str, Tensor]:
+    """All buffers behind steps that fill the tail, pack a tile, fill it again and pack another."""
+    head_dim, kept, dtype, options = CASES[case]
+    options = dict(options)
+    rotary = options.pop("rotary", 1.0) if options.pop("rope", True) else 0.0
+    base = options.pop("base", 0)
+    options = {"key_bits": 3, "value_bits": 3, **options}
+    codec = TileCodec(head_dim, **options)
+    length = codec.layout.tile_length
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    pre = make_preconditioner(random, head_dim, rotary)
+    rows = (BATCH, HEADS, SINKS + kept + length, head_dim)
+    exact = [random(*rows).to(dtype) for _ in range(2)]
+    layout = codec.layout
+    records = torch.zeros(BATCH, HEADS, TILES, layout.record_words, dtype=torch.int32)
+    scales = torch.zeros(BATCH, HEADS, TILES, layout.scale_rows, length, dtype=torch.float16)
+    records, scales = records.to(device), scales.to(device)
+    counts = torch.zeros(4, dtype=torch.int32, device=device)
+    packed = torch.tensor(base * length, device=device)
+    stored = packed + SINKS + kept + length - BEFORE
+    history = []
+    for step in range(BEFORE + length + BEHIND):
+        near_a_tile = min(abs(step - BEFORE), abs(step - BEFORE - length)) <= BEHIND
+        append(
+            codec,
+            pre,
+            *(random(BATCH, HEADS, 1, head_dim).to(dtype) for _ in range(2)),
+            *exact,
+            records,
+            scales,
+            stored,
+            packed,
+            counts,
+            sink_length=SINKS,
+            residual_length=kept,
+            impl=impl if near_a_tile else "reference",
+        )
+        stored += 1
+        history.append(counts.clone())
+    return {
+        "keys": exact[0],
+        "values": exact[1],
+        "records": records,
+        "scales": scales,
+        "counts": torch.stack(history),
+    }
+
+
+def make_preconditioner(random: Any, head_dim: int, rotary: float) -> Preconditioner:
+    shape = (BATCH, HEADS, head_dim)
+    mean, none = random(*shape), torch.zeros_like(random(*shape))
+    balance, value_mean = random(*shape).sigmoid() + 0.5, random(*shape)
+    if rotary == 0:
+        return Preconditioner(none, mean, balance, value_mean)
+    pairs = int(head_dim * rotary) // 2
+    rope = RopeTable(10000.0 ** -torch.linspace(0, 1, pairs, dtype=torch.float64))
+    return Preconditioner(mean, none, balance, value_mean, rope)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_steps_leave_what_the_reference_leaves(case: str, device: torch.device) -> None:
+    expected, actual = (run(device, case, impl) for impl in ("reference", "triton"))
+    tiles = expected["counts"][-1, 3]
+    assert tiles == expected["counts"][0, 3] + 2
+    for name in ("keys", "values", "counts"):
+        assert torch.equal(actual[name], expected[name])
+    # the products of kernels round otherwise: a code next to a boundary may be its neighbour
+    different = (actual["records"] != expected["records"]).float().mean()
+    assert different <= 2e-3
+    assert expected["records"].count_nonzero() > 0
+    # a row with another code has another scale
+    others = ~torch.isclose(actual["scales"], expected["scales"], rtol=2**-9, atol=0)
+    assert others.float().mean() <= 1e-2
+    torch.testing.assert_close(actual["scales"], expected["scales"], rtol=0.1, atol=0)
+
+
+def compiled_usage(dtype: str, capability: int) -> dict[str, int]:
+    """What the kernel takes of a GPU; called where Triton does not interpret."""
+    from rq_hf.ops.triton.append import append_kernel
+    from rq_hf.ops.triton.append_launch import append_arguments
+
+    codec = TileCodec(128, key_bits=3, value_bits=3, rotation="hadamard")
+    layout = codec.layout
+    new, exact = (
+        torch.zeros(BATCH, HEADS, n, 128, dtype=getattr(torch, dtype)) for n in (1, SINKS + 256)
+    )
+    arguments, options = append_arguments(
+        codec,
+        make_preconditioner(torch.randn, 128, 1.0),
+        new,
+        new,
+        exact,
+        exact,
+        torch.zeros(BATCH, HEADS, TILES, layout.record_words, dtype=torch.int32),
+        torch.zeros(BATCH, HEADS, TILES, layout.scale_rows, 128, dtype=torch.float16),
+        sink_length=SINKS,
+        residual_length=128,
+    )
+    arguments |= {"LENGTH": torch.zeros(1, dtype=torch.int64), "heads": 8, "tiles": 256}
+    arguments |= {"BASE": arguments["LENGTH"], "COUNTS": torch.zeros(4, dtype=torch.int32)}
+    return asdict(compile_call(append_kernel, arguments, capability=capability, **options))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_compiles_without_spills(dtype: str) -> None:
+    usage = outside_interpreter("ops.test_append_kernel:compiled_usage", dtype, 90)
+    assert usage["registers"] <= 255
+    assert usage["stack"] <= 64
+    assert usage["spills"] == 0
