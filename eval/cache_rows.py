@@ -11,7 +11,7 @@ import torch
 from transformers import DynamicCache, PreTrainedConfig, QuantizedCache, StaticCache
 from transformers.cache_utils import Cache
 
-from rq_hf import RotorQuantCache
+from rq_hf import RotorQuantCache, RotorQuantStaticCache
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,17 @@ def _packed(nbits: int) -> Callable[[PreTrainedConfig, int], Cache]:
     return lambda config, tokens: RotorQuantCache(config=config, nbits=nbits)
 
 
+def _packed_static(nbits: int) -> Callable[[PreTrainedConfig, int], Cache]:
+    return lambda config, tokens: RotorQuantStaticCache(
+        config=config, max_cache_len=tokens, nbits=nbits
+    )
+
+
+def _compiled(nbits: int) -> CacheRow:
+    label = f"RotorQuantStaticCache, {nbits} bits, compiled by generate"
+    return CacheRow(label, _packed_static(nbits), compiled=True, goal="graph")
+
+
 ROWS = {
     "dynamic": CacheRow("DynamicCache as shipped", _dynamic),
     "dynamic-without-cudnn": CacheRow(
@@ -83,4 +94,8 @@ ROWS = {
         attention="rotorquant",
         goal="eager",
     ),
+    "rotorquant-static-3": CacheRow("RotorQuantStaticCache, 3 bits, eager", _packed_static(3)),
+    "rotorquant-static-2-compiled": _compiled(2),
+    "rotorquant-static-3-compiled": _compiled(3),
+    "rotorquant-static-4-compiled": _compiled(4),
 }

@@ -8,13 +8,21 @@ if TYPE_CHECKING:
     from rq_hf.cache import RotorQuantCache
     from rq_hf.config import RotorQuantConfig
     from rq_hf.integration import use_rotorquant
+    from rq_hf.static_cache import RotorQuantStaticCache
 
 __version__ = "0.1.0"
-__all__ = ["RotorQuantCache", "RotorQuantConfig", "__version__", "use_rotorquant"]
+__all__ = [
+    "RotorQuantCache",
+    "RotorQuantConfig",
+    "RotorQuantStaticCache",
+    "__version__",
+    "use_rotorquant",
+]
 
 _HOMES = {
     "RotorQuantCache": "rq_hf.cache",
     "RotorQuantConfig": "rq_hf.config",
+    "RotorQuantStaticCache": "rq_hf.static_cache",
     "use_rotorquant": "rq_hf.integration",
 }
 

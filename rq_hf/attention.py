@@ -20,6 +20,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from rq_hf.handle import Handle
 from rq_hf.sources import PromptSource, ViewSource
+from rq_hf.static_handle import StaticHandle
 
 NAME = "rotorquant"
 
@@ -56,6 +57,9 @@ def rotorquant_attention_forward(
         Output `[B, L, Hq, D]`, and the weights where the host's function gives them, else None.
     """
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    if isinstance(key, StaticHandle) and not dropout and not query.requires_grad:
+        out = key.attend(query, mask=attention_mask, scale=scaling, softcap=softcap, sinks=s_aux)
+        return out.transpose(1, 2).contiguous(), None
     source = key.source if isinstance(key, Handle) else None
     if isinstance(source, PromptSource) and source.strict:
         source.observe(query, attention_mask)
@@ -106,8 +110,8 @@ def rotorquant_mask(
     """Returns None for a plain causal mask without padding, else the host's boolean mask."""
     newest_sees_all = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
     plain = mask_function is causal_mask_function and local_size is None and newest_sees_all
-    unpadded = attention_mask is None or (attention_mask.dim() == 2 and bool(attention_mask.all()))
-    if allow_is_causal_skip and plain and unpadded:
+    # the last question waits for the device
+    if allow_is_causal_skip and plain and _is_unpadded(attention_mask):
         return None
     return sdpa_mask(
         batch_size=batch_size,
@@ -121,6 +125,10 @@ def rotorquant_mask(
         allow_is_causal_skip=False,
         **kwargs,
     )
+
+
+def _is_unpadded(attention_mask: Tensor | None) -> bool:
+    return attention_mask is None or (attention_mask.dim() == 2 and bool(attention_mask.all()))
 
 
 def register() -> None:

@@ -9,6 +9,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from rq_hf.layers import RotorQuantLayer
 from rq_hf.sliding import RotorQuantSlidingLayer
+from rq_hf.static_layer import RotorQuantStaticLayer
 
 
 def describe_layer(index: int, layer: Any) -> str:
@@ -29,11 +30,14 @@ def _packed(layer: RotorQuantLayer) -> str:
     start = f"{store.sinks} exact sinks"
     if isinstance(layer, RotorQuantSlidingLayer):
         start = f"window {layer.sliding_window}, {store.dropped} tokens dropped"
+    room = ""
+    if isinstance(layer, RotorQuantStaticLayer):
+        room = f" | room for {layer.max_cache_len} tokens"
     return (
         f"{start} | {store.packed_length} tokens packed in "
         f"{store.tiles.length} tiles of {layout.tile_length} ({config.key_codec} keys "
         f"{config.key_bits} bits, values {config.value_bits} bits, {config.rotation} rotation, "
-        f"{layout.order} order; {_statistics(layer)}) | {store.tail} exact tail; "
+        f"{layout.order} order; {_statistics(layer)}) | {store.tail} exact tail{room}; "
         f"attention: {calls or 'not called yet'}"
     )
 

@@ -80,14 +80,21 @@ class RotorQuantLayer(PackedStates, CacheLayerMixin):
             tensors where the model's attention takes no handles.
 
         Raises:
-            ValueError: The states cannot be stored here; the layer is as it was.
+            ValueError: The states cannot be stored here; the layer is as it was. Or, on a GPU,
+                where new states are not looked at, because the answer would have to be waited for:
+                states that are packed already were not finite. That is told to the next update of
+                few tokens, and to all that follow until `reset`.
         """
         self._check(key_states, value_states)
-        # autocast leaves values in half precision beside float32 keys
-        value_states = value_states.to(key_states.dtype)
+        if value_states.dtype != key_states.dtype:
+            # autocast leaves values in half precision beside float32 keys
+            value_states = value_states.to(key_states.dtype)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.settle()
+        if self.unread is not None and key_states.shape[2] <= _APPENDED_FIRST:
+            # the host has waited for the last step's tokens to choose these
+            self.read_largest()
         self.prefetch()
         source = self._take(key_states, value_states)
         if self.config.path == "auto" and self.gives_handles():

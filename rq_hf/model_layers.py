@@ -6,12 +6,14 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from transformers import PreTrainedConfig
 from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
+    STATIC_LAYER_TYPE_MAPPING,
     CacheLayerMixin,
     DynamicLayer,
     get_layer_types_and_kwargs,
@@ -22,9 +24,13 @@ from rq_hf.layers import RotorQuantLayer
 from rq_hf.quant.rope import RopeTable
 from rq_hf.rope import rope_tables
 from rq_hf.sliding import RotorQuantSlidingLayer, covers
+from rq_hf.static_exact import ExactStaticLayer
+from rq_hf.static_layer import RotorQuantStaticLayer
 
 # attention implementations that take keys and values as handles; others get dense tensors
 HANDLE_IMPLEMENTATIONS = (None, "sdpa", "eager", "rotorquant")
+# their code counts the keys: for places of the mask, or of ALiBi's slopes
+_NOT_STATIC = ("bloom", "gpt_neo", "mpt")
 # the host's names; to a cache the two are the same, only their masks differ
 _WINDOWED = ("sliding_attention", "chunked_attention")
 
@@ -66,6 +72,81 @@ def make_layers(
     Raises:
         ValueError: The model is an encoder-decoder, or `layer_bits` does not fit it.
     """
+    plan = _plan(config, quantization)
+    layers = [
+        make_layer(quantization, i, plan.ropes[i], plan.gives_handles, plan.windows[i])
+        if plan.packs[i]
+        else DYNAMIC_LAYER_TYPE_MAPPING[kind](**options)
+        for i, (kind, options) in enumerate(plan.layers)
+    ]
+    return layers, plan.obstacle
+
+
+def make_static_layers(
+    config: PreTrainedConfig, quantization: RotorQuantConfig, max_cache_len: int
+) -> tuple[list[Any], str | None]:
+    """The same for layers of a fixed size, with room for `max_cache_len` tokens.
+
+    Raises:
+        ValueError: As `make_layers`; or the host has no static layer of a kind.
+    """
+    _check_static(config.get_text_config(decoder=True))
+    plan = _plan(config, quantization)
+    unknown = {kind for kind, _ in plan.layers} - set(STATIC_LAYER_TYPE_MAPPING)
+    if unknown:
+        raise ValueError(
+            f"transformers has no static layers for {', '.join(sorted(unknown))}; use "
+            "RotorQuantCache"
+        )
+    layers = [
+        _make_static_layer(quantization, i, plan, max_cache_len) for i in range(len(plan.layers))
+    ]
+    return layers, plan.obstacle
+
+
+def _check_static(decoder: PreTrainedConfig) -> None:
+    if decoder.model_type in _NOT_STATIC or getattr(decoder, "alibi", False):
+        raise ValueError(
+            f"the attention of {decoder.model_type} goes by the number of keys it is given, which "
+            "in a cache of a fixed size is not that of the tokens; use RotorQuantCache"
+        )
+
+
+def _make_static_layer(
+    quantization: RotorQuantConfig, i: int, plan: _Plan, max_cache_len: int
+) -> Any:
+    of_layer, (kind, options) = quantization.for_layer(i), plan.layers[i]
+    if plan.packs[i]:
+        assert of_layer is not None
+        return RotorQuantStaticLayer(of_layer, max_cache_len, i, plan.ropes[i], plan.gives_handles)
+    if kind == "full_attention" and any(plan.packs):
+        # one mask of the host is for these and for packed ones
+        return ExactStaticLayer(max_cache_len)
+    return STATIC_LAYER_TYPE_MAPPING[kind](**{**options, "max_cache_len": max_cache_len})
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What becomes of the layers of a model.
+
+    Attributes:
+        layers: The host's kind of each layer, and the arguments of its class.
+        packs: Whether it is packed.
+        windows: Window of a layer that has one and is packed, else None.
+        ropes: As for `RotorQuantLayer`.
+        gives_handles: As for `RotorQuantLayer`.
+        obstacle: Why no layer is packed; None if some are.
+    """
+
+    layers: list[tuple[str, dict[str, Any]]]
+    packs: list[bool]
+    windows: list[int | None]
+    ropes: list[RopeTable | None]
+    gives_handles: Callable[[], bool]
+    obstacle: str | None
+
+
+def _plan(config: PreTrainedConfig, quantization: RotorQuantConfig) -> _Plan:
     if config.is_encoder_decoder:
         raise ValueError(
             "an encoder-decoder model needs a cache for each attention: "
@@ -86,16 +167,19 @@ def make_layers(
     _check_layer_bits(quantization, packable, windows)
     obstacle = _obstacle(decoder)
     if obstacle is not None:
-        warnings.warn(f"{obstacle}: all layers stay exact", stacklevel=3)
+        warnings.warn(f"{obstacle}: all layers stay exact", stacklevel=4)
     ropes = rope_tables(decoder)
-    gives_handles = partial(_takes_handles, weakref.ref(decoder))
-    layers = [
-        make_layer(quantization, i, ropes[i] if i < len(ropes) else None, gives_handles, windows[i])
-        if packable[i] and obstacle is None and quantization.for_layer(i) is not None
-        else DYNAMIC_LAYER_TYPE_MAPPING[types[i]](**options[i])
-        for i in range(len(types))
-    ]
-    return layers, obstacle
+    return _Plan(
+        layers=list(zip(types, options, strict=True)),
+        packs=[
+            packable[i] and obstacle is None and quantization.for_layer(i) is not None
+            for i in range(len(types))
+        ],
+        windows=windows,
+        ropes=[ropes[i] if i < len(ropes) else None for i in range(len(types))],
+        gives_handles=partial(_takes_handles, weakref.ref(decoder)),
+        obstacle=obstacle,
+    )
 
 
 def _packed_window(quantization: RotorQuantConfig, kind: str, option: dict[str, Any]) -> int | None:

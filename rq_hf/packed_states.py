@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -21,7 +22,7 @@ from rq_hf.quant.rope import RopeTable
 from rq_hf.quant.tiles import TileCodec
 from rq_hf.statistics import QueryStatistics
 from rq_hf.storage import LayerStore, RowBuffer
-from rq_hf.validation import check_finite
+from rq_hf.validation import check_largest, largest
 
 
 class PackedStates:
@@ -36,6 +37,8 @@ class PackedStates:
         preconditioner: Statistics, frozen when the first tokens are packed; None before.
         statistics: What is known of queries and padding until then.
         padding: Left padding `[B]` that the sinks skip; None for none.
+        unread: On a GPU, the largest absolute numbers of what was packed since `read_largest`:
+            of keys, values and the mean before RoPE, float32 `[3]`; None for nothing.
     """
 
     def __init__(self, config: RotorQuantConfig, layer_idx: int, rope: RopeTable | None) -> None:
@@ -51,6 +54,7 @@ class PackedStates:
         self.preconditioner: Preconditioner | None = None
         self.statistics = QueryStatistics()
         self.padding: Tensor | None = None
+        self.unread: Tensor | None = None
 
     @property
     def name(self) -> str:
@@ -110,7 +114,6 @@ class PackedStates:
             sinks, padding = self._find_sinks(rows)
         rest = [x[:, :, store.sink_length :] for x in rows]
         key, value = (x[:, :, :leaving] for x in rest)
-        check_finite(key, value, self.name)
         end = store.dropped + store.packed_length
         skipped = max(0, self.expired(end + rows[0].shape[2]) - end)
         with no_autocast(key.device):
@@ -126,6 +129,25 @@ class PackedStates:
             *(torch.cat((s, x[:, :, leaving:]), 2) for s, x in zip(sinks, rest, strict=True))
         )
         self.preconditioner, self.padding = preconditioner, padding
+        if key.is_cuda:
+            found = largest(key, value, preconditioner.pre_mean)
+            # NaN is passed on
+            self.unread = found if self.unread is None else torch.maximum(self.unread, found)
+
+    def read_largest(self) -> None:
+        """Learns what packing on a GPU found, when there is a reason to wait for the GPU anyway.
+
+        Raises:
+            ValueError: Keys or values were not finite; so it is until `forget`.
+        """
+        if self.unread is None:
+            return
+        key, value, pre_mean = self.unread.tolist()
+        check_largest(key, value, self.name)
+        statistics = self.preconditioner
+        if pre_mean == 0 and statistics is not None and statistics.rope is not None:
+            self.preconditioner = replace(statistics, rope=None)
+        self.unread = None
 
     def _find_sinks(self, rows: list[Tensor]) -> tuple[list[Tensor], Tensor | None]:
         """Returns each sequence's first real tokens, and its padding as far as it is skipped."""
@@ -182,25 +204,26 @@ class PackedStates:
     def view(self, *fresh: Tensor) -> LayerView:
         """Returns what attention reads: all stored tokens, and behind them `fresh` ones."""
         store = self._store
-        records, scales = store.tiles.view()
-        padding = self.padding
+        records, scales = store.tiles.head(store.tiles.length)
+        padding, sinks = self.padding, store.sinks
         if padding is not None and store.dropped:
             padding = (padding - store.dropped).clamp_min(0)
-        recent_start = store.sinks + store.packed_length
-        sink_key, sink_value = store.exact.view(0, store.sinks)
-        tail_key, tail_value = store.exact.view(store.sinks)
-        recent = [ExactRows(tail_key, tail_value, recent_start)]
-        if fresh:
+        recent = []
+        if store.exact.length > sinks:
+            tail_key, tail_value = store.exact.view(sinks)
+            recent.append(ExactRows(tail_key, tail_value, sinks + store.packed_length))
+        if fresh and fresh[0].shape[2]:
             recent.append(ExactRows(fresh[0], fresh[1], store.length))
+        sink_key, sink_value = store.exact.head(sinks)
         return LayerView(
             sinks=ExactRows(sink_key, sink_value, 0, self.padding),
-            packed_start=store.sinks,
+            packed_start=sinks,
             packed_length=store.packed_length,
             records=records,
             scales=scales,
             codec=self._codec,
             preconditioner=self.preconditioner,
-            recent=tuple(rows for rows in recent if rows.keys.shape[2]),
+            recent=tuple(recent),
             padding=padding,
             offset=store.dropped,
         )
@@ -218,11 +241,17 @@ class PackedStates:
     def to(self, device: torch.device | str) -> None:
         """Moves all states and statistics to a device, where the next states must be."""
         self.map(lambda t: t.to(device))
+        self.unread = None if self.unread is None else self.unread.to(device)
 
 
 def make_codec(config: RotorQuantConfig, head_dim: int) -> TileCodec:
     """Returns the codec that `config` asks for: one object for all layers and caches."""
-    return _make_codec(head_dim, *(getattr(config, name) for name in _CODEC_FIELDS))
+    return _make_codec(head_dim, *codec_fields(config))
+
+
+def codec_fields(config: RotorQuantConfig) -> tuple[Any, ...]:
+    """Returns those settings that make codecs differ."""
+    return tuple(getattr(config, name) for name in _CODEC_FIELDS)
 
 
 _CODEC_FIELDS = (

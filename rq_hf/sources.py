@@ -31,9 +31,10 @@ class ViewSource:
     def __init__(
         self, view: LayerView, layer: RotorQuantLayer, new_tokens: int, observed: bool
     ) -> None:
-        batch, heads, _, head_dim = view.sinks.keys.shape
+        keys = view.sinks.keys
+        batch, heads, _, head_dim = keys.shape
         self.shape = (batch, heads, view.length, head_dim)
-        self.dtype, self.device = view.sinks.keys.dtype, view.sinks.keys.device
+        self.dtype, self.device = keys.dtype, keys.device
         self.view = view
         self.layer = layer
         self.new_tokens = new_tokens

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -26,11 +27,13 @@ class QueryStatistics:
 
     def observe(self, query: Tensor, kv_heads: int, valid: Tensor | None) -> None:
         """Adds queries `[B, Hq, L, D]`, those that are `valid` `[B, L]` (all if None)."""
-        square = query.detach().float().square()
+        query = query.detach()
         if valid is not None:
-            square = square.masked_fill(~valid[:, None, :, None], 0.0)
-        batch, heads, rows = square.shape[:3]
-        total = square.unflatten(1, (kv_heads, -1)).sum((2, 3))
+            query = query.masked_fill(~valid[:, None, :, None], 0.0)
+        batch, heads, rows = query.shape[:3]
+        # without squares of all queries in memory
+        square = torch.linalg.vector_norm(query, dim=2, dtype=torch.float32).square()
+        total = square.unflatten(1, (kv_heads, -1)).sum(2)
         seen = square.new_full((batch,), rows) if valid is None else valid.sum(1).float()
         count = seen * (heads // kv_heads)
         self.total = total if self.total is None else self.total + total
@@ -66,6 +69,18 @@ def padding_of_mask(mask: Tensor | None, before: int) -> Tensor | None:
     """
     if mask is None:
         return None
+    global _last
+    known, version = _last, 0 if mask.is_inference() else mask._version
+    if known is None or known[0]() is not mask or known[1:3] != (version, before):
+        known = _last = weakref.ref(mask), version, before, _padding_of_mask(mask, before)
+    return known[3]
+
+
+# the layers of a model ask about one mask in turn, and a GPU has to be waited for
+_last: tuple[weakref.ref[Tensor], int, int, Tensor | None] | None = None
+
+
+def _padding_of_mask(mask: Tensor, before: int) -> Tensor | None:
     itself = mask[:, 0, :, before:].diagonal(dim1=-2, dim2=-1)
     if itself.dtype != torch.bool:
         itself = itself > torch.finfo(itself.dtype).min / 2

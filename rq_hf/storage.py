@@ -26,6 +26,7 @@ class RowBuffer:
         """Starts from tensors `[B, Hk, 0, ...]`, which give batch, heads, dtype and device."""
         self.tensors = list(empty)
         self.length = 0
+        self._head: tuple[int, list[Tensor]] | None = None
 
     @property
     def capacity(self) -> int:
@@ -51,26 +52,35 @@ class RowBuffer:
         if rows <= self.capacity:
             return
         capacity = rows if self.capacity == 0 else rows + max(1, rows // 32)
+        self._head = None
         for i, old in enumerate(self.tensors):
             # a buffer made in inference mode could not be written outside of it
             with torch.inference_mode(False):
                 new = old.new_empty(*old.shape[:2], capacity, *old.shape[3:])
-            new[:, :, : self.length] = old[:, :, : self.length]
+            if self.length:
+                new[:, :, : self.length] = old[:, :, : self.length]
             self.tensors[i] = new
 
     def drop(self, rows: int) -> None:
         """Drops the oldest `rows` rows. The others are copied, so views of any stay as they are."""
         kept = RowBuffer(*(tensor[:, :, :0] for tensor in self.tensors))
         kept.append(*self.view(rows))
-        self.tensors, self.length = kept.tensors, kept.length
+        self.tensors, self.length, self._head = kept.tensors, kept.length, None
 
     def view(self, start: int = 0, stop: int | None = None) -> list[Tensor]:
         """Returns views of rows `start` to `stop` (the last used row if None)."""
         stop = self.length if stop is None else stop
         return [tensor[:, :, start:stop] for tensor in self.tensors]
 
+    def head(self, stop: int) -> list[Tensor]:
+        """Returns views of the first `stop` rows: the same ones as long as these stay in place."""
+        if self._head is None or self._head[0] != stop:
+            self._head = stop, self.view(0, stop)
+        return self._head[1]
+
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
         """Replaces the used rows of every tensor by `function` of them, without spare room."""
+        self._head = None
         with torch.inference_mode(False):
             self.tensors = [function(t[:, :, : self.length]).contiguous() for t in self.tensors]
 

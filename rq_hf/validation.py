@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -21,12 +23,13 @@ def check_states(key: Tensor, value: Tensor, layer: str) -> None:
     Raises:
         ValueError: Wrong rank, shapes that differ, unsupported dtype or head_dim.
     """
-    if key.dim() != 4 or value.dim() != 4:
+    shape = key.shape
+    if len(shape) != 4 or value.dim() != 4:
         raise ValueError(
             f"{layer}: keys and values must be [batch, kv_heads, tokens, head_dim], "
             f"got {list(key.shape)} and {list(value.shape)}"
         )
-    if key.shape != value.shape:
+    if shape != value.shape:
         raise ValueError(
             f"{layer}: keys {list(key.shape)} and values {list(value.shape)} must have one shape; "
             "models whose keys and values differ (multi-head latent attention) need DynamicCache"
@@ -36,7 +39,7 @@ def check_states(key: Tensor, value: Tensor, layer: str) -> None:
             f"{layer}: keys and values must be float32, bfloat16 or float16, "
             f"got {key.dtype} and {value.dtype}"
         )
-    if not MIN_HEAD_DIM <= key.shape[3] <= MAX_HEAD_DIM:
+    if not MIN_HEAD_DIM <= shape[3] <= MAX_HEAD_DIM:
         raise ValueError(
             f"{layer}: head_dim must be {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {key.shape[3]}"
         )
@@ -50,7 +53,8 @@ def check_unchanged(
     Raises:
         ValueError: Batch, heads, head_dim or dtype differ from those stored.
     """
-    new = (key.shape[0], key.shape[1], key.shape[3])
+    batch, heads, _, head_dim = key.shape
+    new = (batch, heads, head_dim)
     if new != shape:
         raise ValueError(
             f"{layer}: the cache holds (batch, kv_heads, head_dim) = {shape}, got {new}; use a new "
@@ -78,18 +82,46 @@ def check_device(key: Tensor, device: torch.device, layer: str) -> None:
 def check_finite(key: Tensor, value: Tensor, layer: str) -> None:
     """Refuses NaN and infinity.
 
-    On a GPU one new token is not looked at, since the answer would have to be waited for in every
-    layer of every step; the tile it ends up in is.
+    States on a GPU are not looked at: the answer would have to be waited for in every layer.
+    `largest` is asked of them when they are packed, and `check_largest` reads the answer later.
 
     Raises:
         ValueError: A key or value is not finite.
     """
-    if key.is_cuda and key.shape[2] == 1:
+    if key.is_cuda or key.numel() == 0:
         return
     for name, states in (("key", key), ("value", value)):
-        if not torch.isfinite(states).all():
+        # as they will be kept; NaN is passed on
+        states = states.detach().to(key.dtype)
+        smallest, greatest = states.aminmax()
+        if not (math.isfinite(smallest) and math.isfinite(greatest)):
             bad = int((~torch.isfinite(states)).sum())
             raise ValueError(
                 f"{layer}: {bad} of {states.numel()} new {name} numbers are NaN or infinite and "
                 "were not stored; look at the model's inputs, weights and dtype"
+            )
+
+
+def largest(*tensors: Tensor) -> Tensor:
+    """Returns the largest absolute number of each tensor, float32; NaN if one is in it."""
+    norm = torch.linalg.vector_norm
+    return torch.stack([norm(tensor, math.inf, dtype=torch.float32) for tensor in tensors])
+
+
+def check_largest(key: float, value: float, layer: str) -> None:
+    """Refuses to go on with packed states that were NaN or infinite.
+
+    Args:
+        key: Largest absolute number of all keys that were packed.
+        value: The same of the values.
+        layer: Name of the layer for the message.
+
+    Raises:
+        ValueError: One of the two is not finite.
+    """
+    for name, number in (("keys", key), ("values", value)):
+        if not math.isfinite(number):
+            raise ValueError(
+                f"{layer}: {name} that are packed already were NaN or infinite; look at the "
+                "model's inputs, weights and dtype, reset() the cache and run the prompt again"
             )

@@ -101,10 +101,12 @@ def test_random_views_are_what_a_cache_holds(bits: int) -> None:
 def test_benchmark_generate(tmp_path: Path) -> None:
     out = tmp_path / "generate.json"
     names = ["dynamic", "static", "static-compiled", "rotorquant-3", "rotorquant-3-registered"]
+    names += ["rotorquant-static-3", "rotorquant-static-3-compiled"]
     options = ["--model", "tiny", "--cases", "1x300", "--steps", "6", "--rows", *names]
     result = benchmark(benchmark_generate, out, *options)
     rows = {row["row"]: row for row in result["rows"]}
-    assert "does not compile steps on cpu" in rows.pop("static-compiled")["error"]
+    for name in ("static-compiled", "rotorquant-static-3-compiled"):
+        assert "does not compile steps on cpu" in rows.pop(name)["error"]
     for row in rows.values():
         assert row["error"] is None and row["steps_timed"] == 2
         assert 0 < row["step_ms"] <= row["step_slowest_ms"]
@@ -144,6 +146,10 @@ def test_every_cache_is_in_the_registry_by_its_kind() -> None:
     assert kinds["static"] == kinds["static-compiled"] == "StaticCache"
     assert kinds["dynamic-without-cudnn"] == "DynamicCache"
     assert kinds["rotorquant-2"] == "RotorQuantCache"
+    static = {name for name, kind in kinds.items() if kind == "RotorQuantStaticCache"}
+    compiled = {name for name in static if cache_rows.ROWS[name].compiled}
+    assert static - compiled == {"rotorquant-static-3"}
+    assert compiled == {f"rotorquant-static-{bits}-compiled" for bits in (2, 3, 4)}
     before = torch.backends.cuda.cudnn_sdp_enabled()
     with cache_rows.ROWS["dynamic-without-cudnn"].around():
         assert not torch.backends.cuda.cudnn_sdp_enabled()

@@ -4,7 +4,8 @@
 import pytest
 import torch
 
-from rq_hf.statistics import QueryStatistics, padding_of_mask, padding_of_weights
+from rq_hf import statistics as statistics_module
+from rq_hf.statistics import QueryStatistics, _leading, padding_of_mask, padding_of_weights
 
 
 def causal_mask(padding: list[int], tokens: int = 9, window: int = 9) -> torch.Tensor:
@@ -31,6 +32,26 @@ def test_no_padding_is_none() -> None:
     assert padding_of_mask(causal_mask([0, 0], window=2), 0) is None
     # biases are not hidden columns
     assert padding_of_mask(-1e4 * torch.ones(1, 1, 5, 5), 0) is None
+
+
+def test_a_mask_is_looked_at_once_unless_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[torch.Tensor] = []
+    monkeypatch.setattr(
+        statistics_module,
+        "_leading",
+        lambda hidden, do=_leading: looked.append(hidden) or do(hidden),
+    )
+    mask = causal_mask([3, 0])
+    for _ in range(2):
+        assert padding_of_mask(mask, 0).tolist() == [3, 0]
+    assert len(looked) == 1
+    # an equal one may change later
+    assert padding_of_mask(mask.clone(), 0).tolist() == [3, 0]
+    mask[0, :, :, 3] = False
+    assert padding_of_mask(mask, 0).tolist() == [4, 0]
+    assert padding_of_mask(mask[:, :, 3:], 3).tolist() == [1, 0]
+    with torch.inference_mode():
+        assert padding_of_mask(causal_mask([2, 0]), 0).tolist() == [2, 0]
 
 
 def test_padding_adds_up_over_chunks() -> None:

@@ -113,3 +113,25 @@ def test_map_selects_sequences_in_every_buffer() -> None:
     store.map(lambda t: t[[1, 1, 0]])
     assert all(t.shape[0] == 3 for t in store.tensors())
     assert torch.equal(store.exact.view()[1], make_rows(4, 100)[[1, 1, 0]])
+
+
+def test_a_head_is_sliced_once_while_its_rows_stay() -> None:
+    buffer = RowBuffer(make_rows(0))
+    buffer.append(make_rows(40))
+    buffer.reserve(50)
+    head = buffer.head(7)
+    buffer.append(make_rows(10, 40))
+    assert buffer.head(7) is head and torch.equal(head[0], make_rows(7))
+    assert buffer.head(9)[0].shape[2] == 9
+    for change in (
+        lambda: buffer.reserve(100),
+        lambda: buffer.drop(3),
+        lambda: buffer.map(lambda t: t.flip(0)),
+    ):
+        stale = buffer.head(7)
+        change()
+        # nothing holds on to memory that was given up
+        assert buffer._head is None
+        (new,) = buffer.head(7)
+        assert new.data_ptr() != stale[0].data_ptr()
+        assert torch.equal(new, buffer.tensors[0][:, :, :7])

@@ -83,6 +83,57 @@ def append(
         )
 
 
+def make_constants(
+    codec: TileCodec,
+    preconditioner: Preconditioner,
+    exact: tuple[Tensor, Tensor],
+    packed: tuple[Tensor, Tensor],
+    *,
+    sink_length: int,
+    residual_length: int,
+    impl: str = "auto",
+) -> None:
+    """Makes the tables that kernels keep for the life of the process; nothing where none run.
+
+    A table made while a CUDA graph is recorded would lie in that graph's memory, and end with it.
+
+    Args:
+        codec: As for `append`.
+        preconditioner: As for `append`.
+        exact: Buffers of keys and values.
+        packed: Buffers of records and scales.
+        sink_length: S.
+        residual_length: R.
+        impl: As for `append`.
+    """
+    device, obstacle = exact[0].device, why_not(codec, preconditioner, *exact)
+    if device.type != "cuda" or not use_triton(impl, obstacle, device):
+        return
+    from rq_hf.ops.triton.append_launch import append_arguments
+    from rq_hf.ops.triton.tables import codec_tables, rope_operands
+
+    key, value = (x[:, :, :1] for x in exact)
+    append_arguments(
+        codec,
+        preconditioner,
+        key,
+        value,
+        *exact,
+        *packed,
+        sink_length=sink_length,
+        residual_length=residual_length,
+    )
+    codec_tables(codec, device)
+    if preconditioner.rope is not None:
+        rope_operands(
+            preconditioner.rope,
+            start=sink_length,
+            length=codec.layout.tile_length,
+            tiles=packed[0].shape[2],
+            device=device,
+        )
+
+
 def append_reference(
     codec: TileCodec,
     preconditioner: Preconditioner,

@@ -38,9 +38,26 @@ def attend(
     Raises:
         ValueError: Shapes do not match, or the kernels were asked for and cannot run.
     """
+    kernels = chooses_triton(query, view, impl)
+    return attend_by(
+        kernels, query, view, scale=scale, mask=mask, causal=causal, softcap=softcap, sinks=sinks
+    )
+
+
+def attend_by(
+    kernels: bool,
+    query: Tensor,
+    view: LayerView,
+    *,
+    scale: float,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """See `attend`: for callers that have asked `chooses_triton` whether `kernels` run."""
     _check(query, view, mask, sinks)
     run = reference.attend
-    kernels = chooses_triton(query, view, impl)
     if kernels:
         from rq_hf.ops.triton.attend import attend as run
     # which tokens are the newest is known to the host alone

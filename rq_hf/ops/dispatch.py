@@ -39,11 +39,12 @@ def device_obstacle(device: torch.device) -> str | None:
 
     CPU tensors serve in Triton's interpreter (`TRITON_INTERPRET=1`).
     """
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if device.type != "cuda" and not (device.type == "cpu" and interpreted):
-        return f"it needs tensors on an NVIDIA GPU, got {device.type}"
-    if device.type == "cuda" and torch.version.hip is not None:
-        return "the kernels are for NVIDIA GPUs"
+    kind = device.type
+    if kind == "cuda":
+        if torch.version.hip is not None:
+            return "the kernels are for NVIDIA GPUs"
+    elif kind != "cpu" or os.environ.get("TRITON_INTERPRET") != "1":
+        return f"it needs tensors on an NVIDIA GPU, got {kind}"
     return None if _triton_is_installed() else "triton is not installed"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -92,19 +93,21 @@ class LayerView:
         (tail,) = self.recent
         return replace(
             self,
-            sinks=replace(self.sinks, **_rows(self.sinks, sinks)),
+            sinks=_head(self.sinks, sinks),
             packed_length=packed,
             records=self.records[:, :, :tiles],
             scales=self.scales[:, :, :tiles],
-            recent=(ExactRows(**_rows(tail, recent), first=sinks + packed),) if recent else (),
+            recent=(replace(_head(tail, recent), first=sinks + packed),) if recent else (),
             counts=None,
         )
 
-    @property
+    @cached_property
     def length(self) -> int:
         """Tokens of a sequence, or for how many there is room."""
-        recent = sum(rows.keys.shape[2] for rows in self.recent)
-        return self.sinks.keys.shape[2] + self.packed_length + recent
+        length = self.sinks.keys.shape[2] + self.packed_length
+        for rows in self.recent:
+            length += rows.keys.shape[2]
+        return length
 
     @property
     def hidden_before(self) -> Tensor | None:
@@ -138,5 +141,6 @@ class LayerView:
         return key, value
 
 
-def _rows(rows: ExactRows, count: int) -> dict[str, Tensor]:
-    return {"keys": rows.keys[:, :, :count], "values": rows.values[:, :, :count]}
+def _head(rows: ExactRows, count: int) -> ExactRows:
+    """Returns the first `count` rows."""
+    return replace(rows, keys=rows.keys[:, :, :count], values=rows.values[:, :, :count])

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +18,8 @@ from rq_hf.quant.rope import RopeTable
 KEY_MEANS = ("auto", "pre_rope", "post_rope", "none")
 MIN_TOKENS = 16  # statistics of fewer say more about the tokens than about the head
 MIN_SAVING = 0.01  # part of the energy that a mean has to remove to be worth its upkeep
-# numbers in float32 at a time, beside the cache, but a span of tokens at least
-_NUMBERS_AT_ONCE = 1 << 23
+# numbers in float64 at a time, beside the cache, but a span of tokens at least
+_NUMBERS_AT_ONCE = 1 << 22
 _POWER_FLOOR = 1e-8  # of the average channel: a dead channel must not blow up a ratio
 
 
@@ -87,17 +89,27 @@ def measure(
         ValueError: Shapes that do not match; "pre_rope" with a `rope` wider than D.
     """
     _check_shapes(keys, values, query_power, valid)
-    rows = _Rows(start, keys.shape[2], valid, keys.shape[0], keys.device)
-    pre, post, table = _key_means(keys, rows, rope, settings.key_mean)
+    rows = _Rows(start, keys.shape[2], valid)
+    means = _Means.of(keys, rows, _tables(rope, settings.key_mean, keys.shape[3]))
     neutral = Preconditioner.identity(keys)
-    means = replace(neutral, pre_mean=pre, post_mean=post, rope=table)
+    pre, post, table = _key_means(means, rows, settings.key_mean)
+    pre, post = (neutral.pre_mean if mean is None else mean for mean in (pre, post))
     balance, value_mean = neutral.balance, neutral.value_mean
     if settings.balance:
-        power = rows.mean(keys, lambda x, n: (x - means.key_mean(n, x.shape[2])).square_())
-        balance = rows.pick(_balance(power, query_power, settings.balance_limit), balance)
+        power = means.left_by(pre, post, table)
+        balance = rows.pick(_balance(power, query_power, settings.balance_limit), 1.0)
     if settings.value_mean:
-        value_mean = rows.pick(rows.mean(values), value_mean)
-    return replace(means, balance=balance, value_mean=value_mean)
+        value_mean = rows.pick(rows.means(values, _sum)[0], 0.0)
+    return Preconditioner(pre, post, balance, value_mean, table)
+
+
+def _tables(rope: RopeTable | None, choice: str, head_dim: int) -> tuple[RopeTable, ...]:
+    """Returns the tables by which keys may have been turned, as far as `choice` asks for them."""
+    if rope is None or choice not in ("auto", "pre_rope"):
+        return ()
+    if choice == "auto" and rope.rotary_dim > head_dim:
+        return ()
+    return rope.conventions
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,101 +119,188 @@ class _Rows:
     start: int
     count: int
     valid: Tensor | None
-    batch: int
-    device: torch.device
 
-    @property
-    def tokens(self) -> Tensor:
-        """Valid tokens of each sequence, float64 `[B, 1, 1]`."""
+    @cached_property
+    def tokens(self) -> Tensor | float:
+        """Valid tokens: of each sequence float64 `[B, 1, 1]`, without padding one number."""
         if self.valid is None:
-            shape = (self.batch, 1, 1)
-            return torch.full(shape, self.count, dtype=torch.float64, device=self.device)
+            return float(self.count)
         return self.valid.sum(1, dtype=torch.float64)[:, None, None]
 
-    def pick(self, measured: Tensor, neutral: Tensor) -> Tensor:
+    def pick(self, measured: Tensor, neutral: float) -> Tensor:
         """`measured` for sequences with tokens enough, `neutral` for the others; float32."""
-        return torch.where(self.tokens >= MIN_TOKENS, measured.float(), neutral)
+        enough, measured = self.tokens >= MIN_TOKENS, measured.float()
+        if isinstance(enough, Tensor):
+            return measured.where(enough, neutral)
+        return measured if enough else torch.full_like(measured, neutral)
 
-    def mean(self, x: Tensor, term: Callable[[Tensor, int], Tensor] | None = None) -> Tensor:
-        """Mean over valid tokens of `term(rows, index of the first)`, float64 `[B, Hk, D]`."""
-        total = torch.zeros(1, dtype=torch.float64, device=x.device)
+    def means(self, x: Tensor, *sums: Callable[[Tensor, int], Tensor]) -> list[Tensor]:
+        """Means over the valid tokens of `x` `[B, Hk, n, D]`, float64 `[B, Hk, D]`.
+
+        Args:
+            x: A row for each token.
+            sums: Each adds up something of float64 rows, given the place of the first.
+        """
+        totals: list[Tensor] = []
         step = max(SPAN, _NUMBERS_AT_ONCE // (x.shape[0] * x.shape[1] * x.shape[3]))
         for a in range(0, self.count, step):
-            rows = slice(a, min(a + step, self.count))
-            part = x[:, :, rows].float()
-            part = part if term is None else term(part, self.start + a)
+            part = x[:, :, a : a + step]
             if self.valid is not None:
                 # not a product: padding may hold NaN
-                part = part.masked_fill(~self.valid[:, None, rows, None], 0)
-            total = total + part.sum(-2, dtype=torch.float64)
-        return total / self.tokens.clamp_min(1)
+                part = part.masked_fill(~self.valid[:, None, a : a + step, None], 0)
+            part = part.double()
+            new = [of(part, a) for of in sums]
+            totals = [x + y for x, y in zip(totals, new, strict=True)] if totals else new
+        return [total / self._divisor(1) for total in totals]
+
+    def variance_of_mean(self, power: Tensor, energy: Tensor) -> Tensor:
+        """Square of what chance makes of a mean, from the mean square and the mean squared."""
+        return (power - energy).clamp_min(0) / self._divisor(1, but=1)
+
+    def _divisor(self, least: int, but: int = 0) -> Tensor | float:
+        tokens = self.tokens - but
+        return tokens.clamp_min(least) if isinstance(tokens, Tensor) else max(tokens, least)
+
+
+def _sum(x: Tensor, first: int) -> Tensor:
+    return x.sum(-2)
+
+
+def _sum_of_squares(x: Tensor, first: int) -> Tensor:
+    return x.square().sum(-2)
+
+
+def _sum_with(factor: Tensor) -> Callable[[Tensor, int], Tensor]:
+    """Sums rows times a factor that each has for each channel, `[n, D]`."""
+    return lambda x, first: (x * factor[first : first + x.shape[-2]]).sum(-2)
+
+
+class _Turned(NamedTuple):
+    """Means over keys that a table of RoPE has turned, float64 `[B, Hk, D]`."""
+
+    key_cos: Tensor
+    key_sin: Tensor
+    cos_cos: Tensor
+    cos_sin: Tensor
+    sin_sin: Tensor
+
+    @classmethod
+    def of(cls, cos: Tensor, sin: Tensor, key_cos: Tensor, key_sin: Tensor, rows: _Rows) -> _Turned:
+        """Takes the table by channel, `[n, D]`, and the means over the keys."""
+        # sequences without padding have the same rows of the table
+        batch = 1 if rows.valid is None else rows.valid.shape[0]
+        wide_cos, wide_sin = (t.expand(batch, 1, -1, -1) for t in (cos, sin))
+        cos_cos, cos_sin = rows.means(wide_cos, _sum_with(cos), _sum_with(sin))
+        (sin_sin,) = rows.means(wide_sin, _sum_with(sin))
+        return cls(key_cos, key_sin, cos_cos, cos_sin, sin_sin)
+
+
+@dataclass(frozen=True, eq=False)
+class _Means:
+    """What one pass over the keys tells, float64 `[B, Hk, D]`.
+
+    Attributes:
+        key: Mean of the keys.
+        square: Mean of their squares.
+        turned: By table that may have turned them.
+    """
+
+    key: Tensor
+    square: Tensor
+    turned: dict[RopeTable, _Turned]
+
+    @classmethod
+    def of(cls, keys: Tensor, rows: _Rows, tables: Sequence[RopeTable]) -> _Means:
+        angles = [t.channels(rows.start, rows.count, keys.shape[3], keys.device) for t in tables]
+        factors = [_sum_with(factor) for pair in angles for factor in pair]
+        key, square, *rest = rows.means(keys, _sum, _sum_of_squares, *factors)
+        turned = {
+            table: _Turned.of(*angle, rest[2 * i], rest[2 * i + 1], rows)
+            for i, (table, angle) in enumerate(zip(tables, angles, strict=True))
+        }
+        return cls(key, square, turned)
+
+    def before_rope(self, table: RopeTable) -> Tensor:
+        """Mean of the keys turned back."""
+        turned = self.turned[table]
+        return turned.key_cos + table.partner(turned.key_sin)
+
+    def left_by(self, pre: Tensor, post: Tensor, table: RopeTable | None) -> Tensor:
+        """Mean square of the keys k_n less R_n `pre` and `post`, one of which is zero.
+
+        The square is multiplied out, with R_n m = m cos_n - partner(m) sin_n, so no second pass
+        over the keys is needed. Where a mean is large the difference loses digits that float64 has
+        to spare.
+        """
+        m = post.double()
+        power = self.square + m * (m - 2 * self.key)
+        if table is not None:
+            of, m = self.turned[table], pre.double()
+            p = table.partner(m)
+            power = power + m * (m * of.cos_cos - 2 * of.key_cos)
+            power = power + p * (p * of.sin_sin - 2 * m * of.cos_sin + 2 * of.key_sin)
+        return power.clamp_min(0)
 
 
 def _key_means(
-    keys: Tensor, rows: _Rows, rope: RopeTable | None, choice: str
-) -> tuple[Tensor, Tensor, RopeTable | None]:
+    means: _Means, rows: _Rows, choice: str
+) -> tuple[Tensor | None, Tensor | None, RopeTable | None]:
     """Returns pre_mean and post_mean, float32 `[B, Hk, D]`, and the table of the former."""
-    zero = Preconditioner.identity(keys).pre_mean
     if choice == "none":
-        return zero, zero, None
-    if choice == "auto" and rope is not None and rope.rotary_dim > keys.shape[3]:
-        rope = None
-    if choice == "post_rope" or rope is None:
-        post = rows.mean(keys)
+        return None, None, None
+    if not means.turned:
+        post = means.key
         if choice == "auto":
-            post = torch.where(_worthwhile(post, keys, rows), post, 0)
-        return zero, rows.pick(post, zero), None
-    pre, table = _pre_mean(keys, rows, rope)
+            post = post.where(_worthwhile(post, means, rows), 0)
+        return None, rows.pick(post, 0.0), None
+    pre, table = _pre_mean(means, rows)
     if choice == "pre_rope":
-        return rows.pick(pre, zero), zero, table
-    post = rows.mean(keys)
+        return rows.pick(pre, 0.0), None, table
     # RoPE turns without stretching, so either mean removes its own square from the mean energy
-    turned = _energy(pre) > _energy(post)
-    best = torch.where(turned, pre, post)
-    best = rows.pick(torch.where(_worthwhile(best, keys, rows), best, 0), zero)
-    pre, post = torch.where(turned, best, 0), torch.where(turned, 0, best)
-    return pre, post, table if bool(pre.any()) else None
+    turned = _energy(pre) > _energy(means.key)
+    best = pre.where(turned, means.key)
+    best = rows.pick(best.where(_worthwhile(best, means, rows), 0), 0.0)
+    pre = best.where(turned, 0)
+    post = best - pre
+    # a GPU is not waited for: whoever wants to know looks at `pre_mean` later
+    return pre, post, table if pre.is_cuda or bool(pre.any()) else None
 
 
-def _pre_mean(keys: Tensor, rows: _Rows, rope: RopeTable) -> tuple[Tensor, RopeTable]:
+def _pre_mean(means: _Means, rows: _Rows) -> tuple[Tensor, RopeTable]:
     """Returns the mean of the keys turned back, float64, and by which convention they were."""
-    means = []
-    for table in rope.conventions:
-        table.cos_sin(rows.start, rows.count, keys.device)
-        means.append((rows.mean(keys, table.unrotate), table))
-    if len(means) == 1:
-        return means[0]
-    zero = torch.zeros((), device=keys.device)
-    return max(means, key=lambda pair: float(rows.pick(_energy(pair[0]), zero).sum()))
+    found = [(means.before_rope(table), table) for table in means.turned]
+    if len(found) == 1:
+        return found[0]
+    return max(found, key=lambda pair: float(rows.pick(_energy(pair[0]), 0.0).sum()))
 
 
-def _worthwhile(mean: Tensor, keys: Tensor, rows: _Rows) -> Tensor:
+def _worthwhile(mean: Tensor, means: _Means, rows: _Rows) -> Tensor:
     """Whether removing a mean saves enough of the energy of keys to come, bool `[B, Hk, 1]`.
 
     The mean m of N tokens carries sigma^2 / N of their noise: chance alone makes |m|^2 too large
     by that, and it is added to every key that m is later taken from.
     """
-    energy = _energy(mean)
-    total = _channel_sum(rows.mean(keys, lambda x, n: x.square()))
-    tokens = rows.tokens
-    noise = (total - energy).clamp_min(0) / (tokens - 1).clamp_min(1)
+    energy, total = _energy(mean), _channel_sum(means.square)
+    noise = rows.variance_of_mean(total, energy)
     return (energy - 2 * noise >= MIN_SAVING * total) & (energy > 0)
 
 
 def _balance(key_power: Tensor, query_power: Tensor | None, limit: float) -> Tensor:
     """sqrt(rms q / rms k') from mean squares, of geometric mean 1, then clamped; `[B, Hk, D]`."""
-    log_ratio = -_log_power(key_power) / 4
-    if query_power is not None:
-        log_ratio = log_ratio + _log_power(query_power.double()) / 4
-    log_ratio = log_ratio - _channel_sum(log_ratio) / log_ratio.shape[-1]
+    if query_power is None:
+        log_ratio = _log_power(key_power).neg()
+    else:
+        key, query = _log_power(torch.stack((key_power, query_power.double())))
+        log_ratio = query - key
+    log_ratio = (log_ratio - log_ratio.mean(-1, keepdim=True)) / 4
     return log_ratio.exp().clamp(1 / limit, limit)
 
 
 def _log_power(power: Tensor) -> Tensor:
     """log of a power relative to the mean of its channels; 0 where all of them are dead."""
-    average = _channel_sum(power) / power.shape[-1]
-    relative = power / torch.where(average > 0, average, 1)
-    return torch.where(average > 0, relative.clamp_min(_POWER_FLOOR), 1).log()
+    average = power.mean(-1, keepdim=True)
+    relative = (power / average).clamp_min(_POWER_FLOOR)
+    return relative.where(average > 0, 1).log()
 
 
 def _energy(mean: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 # positions whose angles are held in float64 at a time
 _ANGLE_ROWS = 4096
@@ -117,6 +118,28 @@ class RopeTable:
         cos, sin = self._angles(x, start, None)
         return self._turn(x, cos, -sin)
 
+    def channels(
+        self, start: int, count: int, head_dim: int, device: torch.device | str = "cpu"
+    ) -> tuple[Tensor, Tensor]:
+        """Cosines and sines by channel: RoPE_n x = x cos - partner(x) sin, its inverse with +.
+
+        Returns:
+            Two float32 tensors `[count, head_dim]`; 1 and 0 for channels that stay.
+
+        Raises:
+            ValueError: As for `rotate`.
+        """
+        self._check_width(head_dim)
+        cos, sin = (self._join(t, t) for t in self.cos_sin(start, count, device))
+        stay = head_dim - self.rotary_dim
+        return (F.pad(cos, (0, stay), value=1.0), F.pad(sin, (0, stay))) if stay else (cos, sin)
+
+    def partner(self, x: Tensor) -> Tensor:
+        """For each pair of channels (a, b) of `x` `[..., D]` (b, -a); 0 for those that stay."""
+        a, b = self._pairs(x[..., : self.rotary_dim])
+        partner, stay = self._join(b, -a), x.shape[-1] - self.rotary_dim
+        return F.pad(partner, (0, stay)) if stay else partner
+
     def inner_products(self, x: Tensor, vector: Tensor, start: int, count: int) -> Tensor:
         """x . RoPE_n vector for n = `start` .. `start + count - 1`.
 
@@ -141,12 +164,15 @@ class RopeTable:
         return product + rest.sum(-1, keepdim=True)
 
     def _angles(self, x: Tensor, start: int, count: int | None) -> tuple[Tensor, Tensor]:
-        if x.shape[-1] < self.rotary_dim:
+        self._check_width(x.shape[-1])
+        return self.cos_sin(start, x.shape[-2] if count is None else count, x.device)
+
+    def _check_width(self, head_dim: int) -> None:
+        if head_dim < self.rotary_dim:
             raise ValueError(
-                f"RoPE turns {self.rotary_dim} coordinates, got vectors of {x.shape[-1]}; this "
+                f"RoPE turns {self.rotary_dim} coordinates, got vectors of {head_dim}; this "
                 "table belongs to another layer or model"
             )
-        return self.cos_sin(start, x.shape[-2] if count is None else count, x.device)
 
     def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x = x.float()

@@ -476,6 +476,18 @@ def test_inner_products_are_those_with_the_turned_vector(
     torch.testing.assert_close(actual, wanted, rtol=0, atol=64 * EPS * float(wanted.abs().max()))
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("rotary_dim", [16, 64])
+def test_turns_by_channel_are_the_same_turns(interleaved: bool, rotary_dim: int) -> None:
+    rope, x = table(rotary_dim, interleaved), normal(2, 3, 70, 64)
+    cos, sin = rope.channels(1000, 70, 64)
+    assert cos.shape == sin.shape == (70, 64)
+    assert torch.equal(x * cos - rope.partner(x) * sin, rope.rotate(x, 1000))
+    assert torch.equal(x * cos + rope.partner(x) * sin, rope.unrotate(x, 1000))
+    with pytest.raises(ValueError, match="turns"):
+        rope.channels(0, 1, rotary_dim - 2)
+
+
 def test_mean_scores_are_products_with_the_means() -> None:
     rope = table(64, False)
     keys = biased_keys(rope, (2, 3, 300, 64), 4)

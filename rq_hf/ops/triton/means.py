@@ -53,7 +53,7 @@ def key_mean(preconditioner: Preconditioner) -> KeyMean:
 
 def _key_mean(preconditioner: Preconditioner) -> KeyMean:
     balance = preconditioner.balance
-    dims = Pairing.of(preconditioner.rope).dims(balance.shape[-1]).to(balance.device)
+    dims = pairs(Pairing.of(preconditioner.rope), balance.shape[-1], balance.device)[0]
     pre, post, balance = (
         x[..., dims] for x in (preconditioner.pre_mean, preconditioner.post_mean, balance)
     )

@@ -90,8 +90,8 @@ class RopeOperands:
         operands: float16, the table in the order of tensor-core operands.
         rows: float32 [T, 2, PAIRS], cos and sin of positions from the centre, as plain rows.
         tiles: float32 [tiles, 2, PAIRS], cos and sin of the tiles' centres.
-        turned_terms: float16 [2, 2, PAIRS - first_slow, 8 tiles], in high and low parts: what cos and
-            sin of a pair, counted from the first token on, add to the polynomials of each tile;
+        turned_terms: float16 [2, 2, PAIRS - first_slow, 8 tiles], in high and low parts: what cos
+            and sin of a pair, counted from the first token on, add to the polynomials of each tile;
             zero for fast pairs.
         origin: float32 [2, PAIRS], cos and sin of the first packed position.
     """

@@ -1,0 +1,381 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One attention layer's packed keys and values in buffers of a fixed size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rq_hf.config import RotorQuantConfig
+from rq_hf.handle import Handle
+from rq_hf.layers import RotorQuantLayer
+from rq_hf.ops import LayerView
+from rq_hf.ops.append import make_constants
+from rq_hf.ops.dispatch import MAX_QUERIES
+from rq_hf.packed_states import codec_fields
+from rq_hf.quant.preconditioning import Preconditioner
+from rq_hf.quant.rope import RopeTable
+from rq_hf.sources import PromptSource, ViewSource
+from rq_hf.static_handle import StaticHandle
+from rq_hf.static_ops import Recipe, append_, intern_recipe
+from rq_hf.static_store import StaticStore
+
+# statistics of fewer tokens would say more about these than about the ones to come
+MIN_STATISTICS = 32
+
+
+class RotorQuantStaticLayer(RotorQuantLayer):
+    """Like `RotorQuantLayer`, with room for `max_cache_len` tokens and steps of fixed calls.
+
+    The prompt and later steps of several tokens are stored by the host, which waits for the
+    device. A step of one token is two operators on the same addresses each time: `torch.compile`
+    takes it whole, and one CUDA graph holds it. So that such a step never has to measure anything,
+    statistics are frozen at the end of the prompt, however short that is.
+
+    Args:
+        config: How to store.
+        max_cache_len: Tokens to make room for.
+        layer_idx: Position in the model, for messages.
+        rope: What the model's position embedding does to this layer's keys; None if unknown.
+        gives_handles: Tells whether the model's attention takes handles.
+    """
+
+    is_croppable = False
+    is_compileable = True
+
+    def __init__(
+        self,
+        config: RotorQuantConfig,
+        max_cache_len: int,
+        layer_idx: int = 0,
+        rope: RopeTable | None = None,
+        gives_handles: Callable[[], bool] = lambda: True,
+        **kwargs: Any,
+    ) -> None:
+        self.max_cache_len = max_cache_len
+        self._steps = False
+        self._takes_handles = True
+        self._recipe = ""
+        super().__init__(config, layer_idx, rope, gives_handles, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"RotorQuantStaticLayer(layer_idx={self.layer_idx}, room={self.max_cache_len})"
+
+    def allocate(self, like: Tensor) -> None:
+        """Makes the buffers for states like these, `[B, Hk, any, D]`."""
+        if self.store is not None:
+            return
+        super().allocate(like)
+        self.store = StaticStore(self._store, self.config.residual_length, self.max_cache_len)
+
+    @property
+    def static(self) -> StaticStore:
+        """The store."""
+        assert isinstance(self.store, StaticStore)
+        return self.store
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Stores new states and returns keys and values of all tokens.
+
+        Args:
+            key_states: New keys `[B, Hk, t, D]`, float32, bfloat16 or float16.
+            value_states: New values, same shape; kept in the dtype of the keys.
+
+        Returns:
+            Keys and values: of a step of one token `[B, Hk, max_cache_len, D]`, of which the mask
+            hides what is not there yet; of several tokens behind n others `[B, Hk, n + t, D]`.
+            Handles, or dense tensors where the model's attention takes no handles.
+
+        Raises:
+            ValueError: The states cannot be stored here; the layer is as it was. On a GPU a step
+                beyond `max_cache_len` tokens is not noticed.
+        """
+        if self._pending is not None:
+            self.settle()
+        if self._steps and key_states.shape[2] == 1:
+            return self._step(key_states, value_states)
+        return self._store_many(key_states, value_states, torch.compiler.is_compiling())
+
+    def _step(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores one token a sequence; all of it can be compiled."""
+        if not torch.compiler.is_compiling():
+            self._check(key_states, value_states)
+            self._takes_handles = self.config.path == "auto" and self.gives_handles()
+            self.count("step")
+        static = self.static
+        tensors = static.tensors_read
+        append_(
+            key_states.detach(),
+            # autocast leaves values in half precision beside float32 keys
+            value_states.detach().to(key_states.dtype),
+            tensors.exact_keys,
+            tensors.exact_values,
+            tensors.records,
+            tensors.scales,
+            tensors.counts,
+            tensors.pre_mean,
+            tensors.post_mean,
+            tensors.balance,
+            tensors.value_mean,
+            static.stored,
+            static.base,
+            static.sink_length,
+            self.config.residual_length,
+            self.max_cache_len,
+            self._recipe,
+        )
+        static.stored.add_(1)
+        options: dict[str, Any] = {
+            "form": "bhnd",
+            "repeats": 1,
+            "dtype": key_states.dtype,
+            "length": self.max_cache_len,
+            "sink_length": static.sink_length,
+            "recipe": self._recipe,
+        }
+        key = StaticHandle(*tensors, role="key", **options)
+        value = StaticHandle(*tensors, role="value", **options)
+        return (key, value) if self._takes_handles else (key.dense(), value.dense())
+
+    @torch.compiler.disable(reason="the host stores prompts; compile steps of one token only")
+    def _store_many(
+        self, key_states: Tensor, value_states: Tensor, plain: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Stores the prompt, or several tokens behind it; `plain` asks for dense tensors."""
+        self._check(key_states, value_states)
+        self._check_room(key_states.shape[2])
+        value_states = value_states.to(key_states.dtype)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._takes_handles = self.config.path == "auto" and self.gives_handles()
+        if not self._steps and key_states.shape[2] == 1:
+            # there is nothing to measure yet, and the host's mask is that of a step
+            self._begin(Preconditioner.identity(key_states))
+            return self._step(key_states, value_states)
+        source = self._source_of_many(key_states, value_states)
+        if self._takes_handles and not plain:
+            return Handle(source, "key"), Handle(source, "value")
+        self.count("dense")
+        key, value = source.dense("key"), source.dense("value")
+        self.settle()
+        return key, value
+
+    def _source_of_many(self, key: Tensor, value: Tensor) -> PromptSource | ViewSource:
+        if self._steps:
+            view = self._extend_store(key.detach(), value.detach())
+            return ViewSource(view, self, key.shape[2], observed=False)
+        self._pending = (key.detach(), value.detach())
+        return PromptSource(key, value, self)
+
+    def _extend_store(self, key: Tensor, value: Tensor) -> LayerView:
+        """Stores tokens behind others; returns what their queries read."""
+        static = self.static
+        static.refresh()
+        self.read_largest()
+        self.store = static.working_copy()
+        try:
+            # a full tail is packed here, where the next step would have packed it
+            self.pack()
+            view = self._append_and_view(key, value)
+            static.take(self.store)
+        finally:
+            self.store = static
+        return view
+
+    def _append_and_view(self, key: Tensor, value: Tensor) -> LayerView:
+        if key.shape[2] > MAX_QUERIES:
+            view = self.view(key, value)
+            self.extend(key, value)
+            return view
+        self._store.exact.append(key, value)
+        view = self.view()
+        self.pack()
+        return view
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether a prompt waits to be stored."""
+        return self._pending is not None
+
+    def settle(self) -> None:
+        """Stores the prompt, with what has been seen of its queries, and freezes statistics.
+
+        Later it finds out from the device what is stored.
+        """
+        if self._pending is None:
+            if self.store is not None:
+                self.static.refresh()
+                self.read_largest()
+            return
+        key, value = self._pending
+        static = self.static
+        self.store = static.working_copy()
+        try:
+            self.extend(key, value)
+            preconditioner = self.preconditioner or self._freeze()
+            static.take(self.store)
+        finally:
+            self.store = static
+        self._pending = None
+        self._begin(preconditioner)
+
+    def _freeze(self) -> Preconditioner:
+        """Sets the sinks and returns the statistics, while nothing is packed yet."""
+        store, count = self._store, self._store.sink_length
+        rows = store.exact.view()
+        if rows[0].shape[2] < count:
+            return Preconditioner.identity(rows[0])
+        sinks, self.padding = self._find_sinks(rows)
+        rest = [x[:, :, count:] for x in rows]
+        store.replace_exact(*(torch.cat(parts, 2) for parts in zip(sinks, rest, strict=True)))
+        if rest[0].shape[2] < MIN_STATISTICS:
+            return Preconditioner.identity(rows[0])
+        return self._measure(rest, self.padding)
+
+    def _begin(self, preconditioner: Preconditioner) -> None:
+        """Makes ready for steps, with these statistics."""
+        rope = preconditioner.rope or self._known_rope()
+        recipe = Recipe(self._codec, rope, self.config.impl)
+        self._recipe = intern_recipe(recipe, codec_fields(self.config))
+        self.static.set_statistics(preconditioner, self.padding)
+        # from here on these are the tensors that steps read
+        self.preconditioner = self.static.preconditioner(rope)
+        self.padding = None if self.padding is None else self.static.tensors_read.padding
+        exact_keys, exact_values, records, scales = self.static.tensors_read[:4]
+        make_constants(
+            self._codec,
+            self.preconditioner,
+            (exact_keys, exact_values),
+            (records, scales),
+            sink_length=self.static.sink_length,
+            residual_length=self.config.residual_length,
+            impl=self.config.impl,
+        )
+        self._steps = True
+
+    def _known_rope(self) -> RopeTable | None:
+        """Returns the same table for every prompt, whether it has a key mean before RoPE or not."""
+        takes_mean = self.config.key_mean in ("auto", "pre_rope")
+        if self.rope is None or not takes_mean or self.rope.rotary_dim > self._codec.head_dim:
+            return None
+        return self.rope.conventions[0]
+
+    def _check(self, key: Tensor, value: Tensor) -> None:
+        if self.store is not None:
+            batch, heads, _, head_dim = self._store.exact.tensors[0].shape
+            mine = (batch, heads, head_dim, self.dtype, self.device)
+            new = (key.shape[0], key.shape[1], key.shape[-1], key.dtype, key.device)
+            if new != mine:
+                raise ValueError(
+                    f"{self.name}: the buffers are made for (batch, kv_heads, head_dim, dtype, "
+                    f"device) = {mine}, got {new}; a static cache keeps these from its first use "
+                    "on, make a new one"
+                )
+        super()._check(key, value)
+
+    def _check_room(self, new: int) -> None:
+        stored = int(self.get_seq_length())
+        if stored + new > self.max_cache_len:
+            raise ValueError(
+                f"{self.name}: {stored} tokens and {new} new ones are more than max_cache_len = "
+                f"{self.max_cache_len}; make a cache with a larger max_cache_len"
+            )
+
+    def get_seq_length(self) -> Any:
+        """Returns the tokens of a sequence so far: 0, or a tensor that steps count up in."""
+        if self._pending is not None:
+            return self._pending[0].shape[2]
+        return self.static.stored if self._steps else 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Returns length and offset of the keys that `query_length` new tokens will see."""
+        if query_length == 1:
+            return self.max_cache_len, 0
+        return int(self.get_seq_length()) + query_length, 0
+
+    def get_max_length(self) -> int:
+        """Returns `max_cache_len`."""
+        return self.max_cache_len
+
+    def reset(self) -> None:
+        """Forgets all tokens; buffers stay, and with them batch size, dtype and device."""
+        store, codec = self.store, self.codec
+        self.forget()
+        self.store, self.codec = store, codec
+        self._pending, self._steps = None, False
+        if store is not None:
+            self.static.clear()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Puts the sequences `beam_idx`, int64 `[B]`, in place of those here.
+
+        Raises:
+            ValueError: The batch size would change.
+        """
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Puts the sequences `indices` in place of those here.
+
+        Args:
+            indices: Integer `[B]`, or boolean `[B]` with all of them true.
+
+        Raises:
+            ValueError: The batch size would change.
+        """
+        if self.store is None:
+            return
+        self.settle()
+        indices = torch.as_tensor(indices).to(self.device)
+        indices = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
+        batch = self.static.tensors_read.padding.shape[0]
+        if indices.shape != (batch,):
+            raise ValueError(
+                f"{self.name}: a static cache keeps its batch size {batch}, got indices "
+                f"{list(indices.shape)}; use RotorQuantCache"
+            )
+        self.static.reorder(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Refuses to change the batch size.
+
+        Raises:
+            ValueError: `repeats` is not 1.
+        """
+        if repeats != 1:
+            raise ValueError(
+                f"{self.name}: a static cache keeps its batch size; use RotorQuantCache"
+            )
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Refuses to drop tokens.
+
+        Raises:
+            ValueError: Any but 0 tokens are to be dropped.
+        """
+        if int(tokens_to_remove):
+            raise ValueError(
+                f"{self.name}: a static cache drops no tokens: use RotorQuantCache for "
+                "speculative decoding, or reset()"
+            )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refuses to drop tokens, see `check_crop`."""
+        self.check_crop(tokens_to_remove)
+
+    def to(self, device: torch.device | str) -> None:
+        """Refuses to move.
+
+        Raises:
+            ValueError: Always: compiled steps know the buffers by their addresses.
+        """
+        raise ValueError(f"{self.name}: the buffers of a static cache do not move; make a new one")
+
+    def offload(self) -> None:
+        """Refuses to move, see `to`."""
+        self.to("cpu")

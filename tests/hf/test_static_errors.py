@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a cache of a fixed size refuses, and that it is as it was afterwards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.models import make_model, make_tokens
+from support.static import LENGTH, compiled, forget_compiled, generate, make_prompt, static
+from transformers import PreTrainedModel
+
+from rq_hf import RotorQuantConfig, RotorQuantStaticCache
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return make_model("llama")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"strict": True}, "strict=True is for evaluation"),
+        ({"sliding": "packed"}, "keeps sliding layers exact"),
+        ({"offloading": True}, "do not move"),
+        ({"nbits": 5}, "nbits must be one of 2, 3, 4, 8"),
+        ({"bits": 4}, "unknown settings: bits"),
+        ({"layer_bits": {2: 4}}, "caches 2 layers"),
+        ({"quantization": RotorQuantConfig(), "nbits": 3}, "either quantization or single"),
+        ({"max_cache_len": 0}, "at least 1, got 0"),
+        ({"max_cache_len": 10.0}, "number of tokens, got 10.0"),
+    ],
+)
+def test_settings(model: PreTrainedModel, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RotorQuantStaticCache(model.config, **{"max_cache_len": 100, **settings})
+
+
+@pytest.mark.parametrize("family", ["bloom", "mpt", "falcon-alibi", "gpt-neo"])
+def test_models_whose_attention_counts_keys(family: str) -> None:
+    with pytest.raises(ValueError, match="goes by the number of keys"):
+        static(make_model(family))
+
+
+def test_encoder_decoders() -> None:
+    with pytest.raises(ValueError, match="encoder-decoder"):
+        static(make_model("t5"))
+
+
+@torch.no_grad()
+def test_prompts_that_do_not_fit(model: PreTrainedModel) -> None:
+    cache = static(model, LENGTH)
+    with pytest.raises(ValueError, match=f"0 tokens and {LENGTH + 1} new ones are more than"):
+        model(make_tokens(LENGTH + 1), past_key_values=cache)
+    assert cache.get_seq_length() == 0
+    model(make_tokens(LENGTH - 1), past_key_values=cache)
+    with pytest.raises(ValueError, match=f"{LENGTH - 1} tokens and 2 new ones are more than"):
+        model(make_tokens(2), past_key_values=cache)
+    model(make_tokens(1), past_key_values=cache)
+    assert int(cache.get_seq_length()) == LENGTH
+
+
+@pytest.mark.parametrize("options", [{}, compiled()])
+def test_steps_that_do_not_fit(model: PreTrainedModel, options: dict[str, Any]) -> None:
+    forget_compiled(model)
+    cache = static(model, LENGTH + 3)
+    with pytest.raises(ValueError, match=f"holds max_cache_len = {LENGTH + 3} tokens"):
+        generate(model, make_prompt(), cache, max_new_tokens=6, **options)
+    assert int(cache.get_seq_length()) == LENGTH + 3
+
+
+@torch.no_grad()
+def test_buffers_keep_batch_and_dtype(model: PreTrainedModel) -> None:
+    cache = static(model)
+    model(make_tokens(LENGTH, batch=2), past_key_values=cache)
+    cache.reset()
+    with pytest.raises(ValueError, match="keeps these from its first use on"):
+        model(make_tokens(LENGTH), past_key_values=cache)
+    layer = cache.packed_layers[0]
+    with pytest.raises(ValueError, match="keeps these from its first use on"):
+        layer.update(*torch.zeros(2, 2, 2, 5, 64, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        layer.update(*torch.full((2, 2, 2, 5, 64), torch.nan))
+    assert cache.get_seq_length() == 0
+
+
+@torch.no_grad()
+def test_what_changes_tokens_or_places(model: PreTrainedModel, tmp_path: Path) -> None:
+    cache = static(model)
+    tokens = make_tokens(LENGTH, batch=2)
+    model(tokens, past_key_values=cache)
+    cache.crop(0)
+    cache.batch_repeat_interleave(1)
+    cache.batch_select_indices(torch.tensor([True, True]))
+    for call, message in (
+        (lambda: cache.crop(-1), "use RotorQuantCache for speculative decoding"),
+        (lambda: cache.batch_repeat_interleave(2), "keeps its batch size"),
+        (lambda: cache.batch_select_indices(torch.tensor([1])), "keeps its batch size 2"),
+        (lambda: cache.reorder_cache(torch.tensor([1, 1, 0])), "keeps its batch size 2"),
+        (lambda: cache.to("cpu"), "do not move"),
+        (lambda: cache.packed_layers[0].offload(), "do not move"),
+        (lambda: cache.save(tmp_path / "x"), "cannot be saved"),
+        (lambda: RotorQuantStaticCache.load(tmp_path / "x"), "cannot be loaded"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert int(cache.get_seq_length()) == LENGTH
+
+
+def test_speculation(model: PreTrainedModel) -> None:
+    tokens = make_tokens(20).repeat(1, 5)
+    prompt = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    with pytest.raises(ValueError, match="speculative decoding"):
+        generate(model, prompt, static(model), prompt_lookup_num_tokens=3)

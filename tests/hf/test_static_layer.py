@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One static layer against the growing one: the same states in, so the same codes and numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.integrations.sdpa_attention import repeat_kv
+
+from rq_hf.config import RotorQuantConfig
+from rq_hf.handle import Handle
+from rq_hf.layers import RotorQuantLayer
+from rq_hf.quant.rope import RopeTable
+from rq_hf.static_handle import StaticHandle
+from rq_hf.static_layer import RotorQuantStaticLayer
+from rq_hf.static_ops import append_, attend_static, decode_static
+
+BATCH, HEADS, GROUP, HEAD_DIM = 2, 2, 3, 64
+PADDING = 30
+ROOM = 420
+SETTINGS: dict[str, dict[str, Any]] = {
+    "4 bits": {"nbits": 4, "residual_length": 16},
+    "3 bits": {"nbits": 3, "residual_length": 5},
+    "prod": {"key_codec": "prod", "nbits": 2, "residual_length": 0},
+    "nothing exact": {"nbits": 4, "residual_length": 0, "sink_length": 0},
+}
+
+
+def make_states(tokens: int, seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (BATCH, HEADS, tokens, HEAD_DIM)
+    mean = torch.linspace(-2, 2, HEAD_DIM)
+    return [torch.randn(shape, generator=generator) + mean for _ in range(2)]
+
+
+def make_query(tokens: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + 1000)
+    return torch.randn(BATCH, HEADS * GROUP, tokens, HEAD_DIM, generator=generator)
+
+
+def make_mask(tokens: int, columns: int, seen: int, padding: int) -> Tensor:
+    """Returns the causal mask `[B, 1, tokens, columns]` of the newest of `seen` tokens."""
+    at = torch.arange(columns)
+    rows = torch.arange(seen - tokens, seen)[:, None]
+    first = torch.tensor([padding, 0])[:, None, None]
+    return ((at <= rows) & (at >= first))[:, None]
+
+
+class Pair:
+    """A growing layer and a static one that see the same."""
+
+    def __init__(self, padding: int = 0, **settings: Any) -> None:
+        config = RotorQuantConfig(**settings)
+        rope = RopeTable(10_000.0 ** -torch.arange(0, 1, 2 / HEAD_DIM))
+        self.growing = RotorQuantLayer(config, rope=rope)
+        self.static = RotorQuantStaticLayer(config, ROOM, rope=rope)
+        self.padding = padding
+        self.seen = 0
+
+    def attend(self, tokens: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Stores new tokens in both; returns what their attention gives."""
+        states, query = make_states(tokens, seed), make_query(tokens, seed)
+        self.seen += tokens
+        results = []
+        for layer in (self.static, self.growing):
+            columns = layer.get_mask_sizes(tokens)[0]
+            key, value = layer.update(*states)
+            assert key.shape[2] == value.shape[2] == columns
+            mask = make_mask(tokens, columns, self.seen, self.padding)
+            key, value = repeat_kv(key, GROUP), repeat_kv(value, GROUP)
+            assert isinstance(key, (Handle, StaticHandle))
+            results.append(F.scaled_dot_product_attention(query, key, value, mask))
+        return results[0], results[1]
+
+    def assert_same_store(self) -> None:
+        self.static.settle()
+        mine, theirs = self.static.store, self.growing.store
+        assert mine is not None and theirs is not None
+        assert mine.length == theirs.length == self.seen
+        count = min(mine.tiles.length, theirs.tiles.length)
+        # a full tail is packed with the next token
+        assert theirs.packed_length - mine.packed_length in (0, mine.tile_length)
+        for a, b in zip(mine.tiles.view(), theirs.tiles.view(), strict=True):
+            assert torch.equal(a[:, :, :count], b[:, :, :count])
+        for a, b in zip((self.static.keys, self.static.values), self.decoded(), strict=True):
+            assert a is not None
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+    def decoded(self) -> tuple[Tensor, Tensor]:
+        """Returns what the growing layer decodes, but for a tile that the static one has exact."""
+        assert self.growing.store is not None and self.static.store is not None
+        exact = self.static.view().dense()
+        rows = slice(0, self.static.store.packed_length + self.static.store.sinks)
+        result = [x.clone() for x in exact]
+        for mine, theirs in zip(result, self.growing.view().dense(), strict=True):
+            mine[:, :, rows] = theirs[:, :, rows]
+        return result[0], result[1]
+
+
+@pytest.mark.parametrize("padding", [0, PADDING])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_steps_read_what_the_growing_layer_reads(name: str, padding: int) -> None:
+    pair = Pair(padding, **SETTINGS[name])
+    # each prompt fills a tile at least
+    for seed in range(160):
+        mine, theirs = pair.attend(150 if seed == 0 else 1, seed)
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+    pair.assert_same_store()
+    assert pair.growing.store is not None
+    assert pair.growing.store.packed_length >= 256
+
+
+@pytest.mark.parametrize("padding", [0, PADDING])
+def test_several_tokens_read_what_the_growing_layer_reads(padding: int) -> None:
+    pair = Pair(padding, **SETTINGS["4 bits"])
+    # a tail that is full at 4 + 16 + 64 n tokens, before one token, few, many
+    for seed, tokens in enumerate((150, 62, 1, 1, 5, 58, 3, 20, 40, 1, 1)):
+        mine, theirs = pair.attend(tokens, seed)
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+        pair.assert_same_store()
+
+
+def test_reordered_sequences_keep_their_codes() -> None:
+    pair = Pair(PADDING, **SETTINGS["4 bits"])
+    pair.attend(150, 0)
+    for layer in (pair.static, pair.growing):
+        layer.reorder_cache(torch.tensor([0, 0]))
+    states, query = make_states(1, 1), make_query(1, 1)
+    key, value = pair.static.update(*states)
+    mask = make_mask(1, ROOM, 151, PADDING)[:1].expand(2, -1, -1, -1)
+    query = query[:1, :HEADS].expand(2, -1, -1, -1)
+    both = F.scaled_dot_product_attention(query, key, value, mask)
+    # the new tokens differ
+    assert not torch.equal(both[0], both[1])
+    key, value = pair.growing.update(*states)
+    theirs = F.scaled_dot_product_attention(query, key, value, mask[..., :151])
+    torch.testing.assert_close(both, theirs, rtol=1e-5, atol=1e-5)
+    tensors = pair.static.static.tensors_read
+    assert torch.equal(tensors.records[0], tensors.records[1])
+    assert tensors.padding.tolist() == [PADDING, PADDING]
+
+
+def static_handles(padding: int, **settings: Any) -> tuple[StaticHandle, StaticHandle, int]:
+    """Returns the handles of a step, and how many tokens there are."""
+    pair = Pair(padding, **settings)
+    for seed, tokens in enumerate((150, 1, 1)):
+        pair.attend(tokens, seed)
+    key, value = pair.static.update(*make_states(1, 9))
+    assert isinstance(key, StaticHandle) and isinstance(value, StaticHandle)
+    expected = pair.static.keys
+    assert expected is not None
+    torch.testing.assert_close(key.dense()[:, :, :153], expected, rtol=1e-6, atol=1e-6)
+    return key, value, 153
+
+
+@pytest.mark.parametrize("padding", [0, PADDING])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_rows_that_are_not_there_decode_to_zero(name: str, padding: int) -> None:
+    key, value, tokens = static_handles(padding, **SETTINGS[name])
+    for states in (key.dense(), value.dense()):
+        assert states.shape == (BATCH, HEADS, ROOM, HEAD_DIM)
+        assert not states[:, :, tokens:].any()
+        assert bool(states[:, :, :tokens].abs().amax(-1).gt(0).all())
+
+
+OPERATIONS: dict[str, Any] = {
+    "slice": lambda k, v, q: k[:, :, 3:5],
+    "index all": lambda k, v, q: k[:, :, :],
+    "sum": lambda k, v, q: v.sum(2),
+    "new dimension": lambda k, v, q: k[:, :, None],
+    "expand": lambda k, v, q: k[:, :, None, :, :].expand(BATCH, HEADS, 3, ROOM, HEAD_DIM),
+    "repeat": lambda k, v, q: k.repeat_interleave(3, 1).float(),
+    "to": lambda k, v, q: torch.repeat_interleave(v, 3, dim=1).to(torch.float64),
+    "transpose": lambda k, v, q: k.transpose(-1, -2).contiguous(),
+    "permute": lambda k, v, q: k.permute(0, 2, 1, 3),
+    "product": lambda k, v, q: q[:, :HEADS] @ k.transpose(2, 3) @ v,
+    "double": lambda k, v, q: torch.cat((k, k), 2),
+    "detach": lambda k, v, q: k.detach().reshape(BATCH, -1),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operations_give_what_they_give_on_decoded_states(name: str) -> None:
+    key, value, _ = static_handles(PADDING, **SETTINGS["4 bits"])
+    query, operation = make_query(1, 3), OPERATIONS[name]
+    mine = operation(key, value, query)
+    mine = mine.dense() if isinstance(mine, StaticHandle) else mine
+    theirs = operation(key.dense(), value.dense(), query)
+    assert mine.shape == theirs.shape and mine.dtype == theirs.dtype
+    assert torch.equal(mine, theirs)
+
+
+def test_attention_with_gradient_or_dropout_is_the_hosts_own() -> None:
+    key, value, tokens = static_handles(0, **SETTINGS["4 bits"])
+    mask = make_mask(1, ROOM, tokens, 0)
+    query = make_query(1, 3)[:, :HEADS].requires_grad_()
+    mine = F.scaled_dot_product_attention(query, key, value, mask)
+    theirs = F.scaled_dot_product_attention(query, key.dense(), value.dense(), mask)
+    assert mine.requires_grad
+    assert torch.equal(mine, theirs)
+    packed = F.scaled_dot_product_attention(query.detach(), key, value, mask)
+    torch.testing.assert_close(packed, theirs.detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_handles_flatten_and_come_back() -> None:
+    key, _, _ = static_handles(0, **SETTINGS["4 bits"])
+    names, options = key.transpose(2, 3).__tensor_flatten__()
+    again = StaticHandle.__tensor_unflatten__(
+        {name: getattr(key, name) for name in names}, options, None, None
+    )
+    assert again.form == "bhdn" and again.shape == (BATCH, HEADS, HEAD_DIM, ROOM)
+    assert "key" in repr(again)
+    assert torch.equal(again.dense(), key.dense().transpose(2, 3))
+
+
+def test_operators_keep_the_rules_of_operators() -> None:
+    key, _, tokens = static_handles(PADDING, **SETTINGS["4 bits"])
+    tensors = key.tensors()
+    mask = make_mask(1, ROOM, tokens, PADDING)
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    sinks = torch.zeros(HEADS * GROUP)
+    arguments: tuple[Any, ...] = (make_query(1, 0), tensors, mask, sinks, 0.1, 5.0)
+    numbers = (key.sink_length, key.recipe)
+    torch.library.opcheck(attend_static, (*arguments, *numbers), test_utils=tests)
+    torch.library.opcheck(decode_static, (tensors, ROOM, *numbers), test_utils=tests)
+    length, base = torch.tensor(tokens), torch.tensor(128)
+    clones = [tensor.clone() for tensor in tensors]
+    torch.library.opcheck(
+        append_,
+        (*make_states(1, 0), *clones[:5], *clones[6:], length, base, 4, 16, ROOM, key.recipe),
+        test_utils=tests,
+    )
