@@ -5,8 +5,8 @@ python -m eval.needle --model Qwen/Qwen2.5-7B-Instruct --text essay.txt --dtype 
     --settings dynamic near-lossless:3 --contexts 4096 16384 32768 --out needle.json --plot
 
 The context goes into the cache in one forward, exact as every prompt. The question is a second
-forward and the answer goes in token by token, so that both read the packed context. All caches get
-the same prompts, in the same forwards.
+forward and the answer a third, so that both read the packed context. All caches get the same
+prompts, in the same forwards.
 
 score     1 if greedy decoding gives the answer; with several facts, the share of those it gives.
           The right answer is fed in: as long as the first choice is its next token, that is what
@@ -47,6 +47,7 @@ from eval.options import (
 from eval.perplexity import usable
 from eval.results_io import header
 from eval.settings import Setting, parse_settings
+from eval.shards import add_shard_option
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -69,11 +70,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--settings", nargs="+", required=True, help="see eval/settings.py")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write or continue")
     parser.add_argument("--plot", action="store_true", help="draw OUT as .png beside it")
+    add_shard_option(parser)
     return parser.parse_args(argv)
 
 
 def make_cases(args: argparse.Namespace) -> list[Case]:
-    """Returns every prompt that the options ask for.
+    """Returns the shard's part of every prompt that the options ask for.
+
+    Whole grids one after the other, so that a run that is cut short has all cells.
 
     Raises:
         ValueError: No depth, no seed, or a context of no tokens.
@@ -82,8 +86,9 @@ def make_cases(args: argparse.Namespace) -> list[Case]:
         raise ValueError("--contexts, --depths, --seeds and --several take numbers of at least 1")
     steps = max(1, args.depths - 1)
     depths = [round(i / steps, 4) for i in range(args.depths)] if args.depths > 1 else [0.5]
-    grid = product(args.kinds, sorted(args.contexts), depths, range(args.seeds))
-    return [Case(*values) for values in grid]
+    grid = product(range(args.seeds), args.kinds, sorted(args.contexts), depths)
+    cases = [Case(kind, context, depth, seed) for seed, kind, context, depth in grid]
+    return [case for i, case in enumerate(cases) if args.shard.takes(i)]
 
 
 @torch.no_grad()

@@ -9,7 +9,8 @@ python -m eval.perplexity --model Qwen/Qwen2.5-0.5B --dataset wikitext \
 --mode generate   the window as users run it: a prompt (exact), then chunks that read the packed
                   prefix; positions of the prompt are not scored
 
-The unquantised model reads the same windows in the same forwards. A run that was cut short goes on
+The unquantised model reads the same windows in the same forwards, or in pieces of them where these
+are long: its keys and values are exact either way. A run that was cut short goes on
 where it stopped when it is started again with the same --out; so do further windows and settings.
 """
 
@@ -42,6 +43,7 @@ from eval.results_io import header
 from eval.run import Run
 from eval.scoring import Reference, hidden_states
 from eval.settings import Setting, bits_per_number, parse_settings, reason_to_skip
+from eval.shards import WHOLE, Shard, add_shard_option
 from eval.windows import first_tokens, make_windows
 
 Spans = list[tuple[int, int]]
@@ -70,6 +72,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--settings", nargs="+", required=True, help="see eval/settings.py")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write or continue")
     parser.add_argument("--plot", action="store_true", help="draw OUT as .png beside it")
+    add_shard_option(parser)
     return parser.parse_args(argv)
 
 
@@ -106,15 +109,17 @@ def measure(
     spans: Spans,
     start: int,
     run: Run,
+    shard: Shard = WHOLE,
 ) -> None:
-    """Measures every setting on every window and adds what is not in `run` yet."""
-    progress = tqdm(total=len(windows) * len(settings), unit="run", disable=None)
-    for i, tokens in enumerate(windows):
+    """Measures every setting on the shard's windows and adds what is not in `run` yet."""
+    mine = [i for i in range(len(windows)) if shard.takes(i)]
+    progress = tqdm(total=len(mine) * len(settings), unit="run", disable=None)
+    for i in mine:
         missing = [setting for setting in settings if not run.has(i, setting.label)]
         progress.update(len(settings) - len(missing))
         if not missing:
             continue
-        tokens = tokens.to(model.device)
+        tokens = windows[i].to(model.device)
         exact = hidden_states(model, tokens, DynamicCache(config=model.config), spans)
         reference = Reference(model, exact[start:-1], tokens[0, start + 1 :])
         for setting in missing:
@@ -197,7 +202,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     print(json.dumps({**head["environment"], **config}, indent=1))
     run = Run(args.out, head, config)
-    measure(model, windows, usable(settings, model, run, strict=strict), spans, start, run)
+    chosen = usable(settings, model, run, strict=strict)
+    measure(model, windows, chosen, spans, start, run, args.shard)
     run.save()
     print_table(run.content["summary"])
     if args.plot:

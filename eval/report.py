@@ -55,8 +55,7 @@ def _needle(results: Results, out: Path) -> Iterator[str]:
         plot_needle(result, out / f"{path.stem}.png")
         yield f"### {path.stem}"
         yield _picture("share of facts found by context and depth", f"{path.stem}.png")
-        yield markdown_table(needle_rows(result))
-        yield _source(path, result)
+        yield make_table(path)
 
 
 def _attention(results: Results, out: Path) -> Iterator[str]:
@@ -106,36 +105,11 @@ def memory_section(out: Path) -> Iterator[str]:
     yield markdown_table(report_memory.context_rows())
 
 
-def needle_rows(result: dict[str, Any]) -> list[list[str]]:
-    """Returns a table of the caches of a needle test, its header first."""
-    rows = [["cache", "bits a number", "facts found", "log-probability", "change", "prompts"]]
-    for row in result["summary"]:
-        if row["prompts"]:
-            change = row["logprob_change"]
-            rows.append(
-                [
-                    f"`{row['setting']}`",
-                    f"{row['bits_nominal']:.2f}",
-                    f"{100 * row['score']:.1f}%",
-                    f"{row['logprob']:.2f}",
-                    "-" if change is None else f"{change:+.2f}",
-                    str(row["prompts"]),
-                ]
-            )
-    return rows
-
-
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     """Returns rows, the header first, as a Markdown table."""
     lines = [" | ".join(row) for row in rows]
     lines.insert(1, " | ".join(["---"] * len(rows[0])))
     return "\n".join(f"| {line} |" for line in lines)
-
-
-def _source(path: Path, result: dict[str, Any]) -> str:
-    environment = result["environment"]
-    versions = f"torch {environment['torch']}, transformers {environment['transformers']}"
-    return f"`{result['command']}`; {environment['device']}, {versions}; `{path.name}`"
 
 
 def make_page(results: Results, out: Path) -> str:

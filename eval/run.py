@@ -9,7 +9,7 @@ from typing import Any
 
 from eval.paired import PairedSums
 from eval.results_io import write_json
-from eval.settings import Setting
+from eval.settings import Setting, same_options
 
 
 class Run:
@@ -49,7 +49,7 @@ class Run:
             ValueError: It stood for something else when the file was begun.
         """
         before = self.content["settings"].setdefault(setting.label, setting.options)
-        if before != setting.options:
+        if not same_options(before, setting.options):
             raise ValueError(
                 f"{self.path} holds {setting.label} with other options: choose another --out"
             )

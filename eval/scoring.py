@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -22,6 +22,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 LOGITS_AT_ONCE = 1 << 25
 # log-probabilities of the unquantised model kept for the next setting, bytes
 KEPT_BYTES = 2 << 30
+# tokens of one forward with an exact cache
+LONGEST_FORWARD = 4096
 
 
 class Scores(NamedTuple):
@@ -41,15 +43,29 @@ class Scores(NamedTuple):
 
 
 def hidden_states(
-    model: PreTrainedModel, tokens: Tensor, cache: Cache, spans: Sequence[tuple[int, int]]
+    model: PreTrainedModel,
+    tokens: Tensor,
+    cache: Cache,
+    spans: Sequence[tuple[int, int]] | None = None,
 ) -> Tensor:
     """Runs the decoder over tokens `[1, n]`, one forward a span, and returns `[n, hidden]`."""
     decoder = model.get_decoder()
+    spans = [(0, tokens.shape[1])] if spans is None else spans
+    # an exact cache gives the same in pieces; the host's float32 attention holds all scores at once
+    pieces = _cut(spans) if isinstance(cache, DynamicCache) else spans
     parts = [
         decoder(tokens[:, start:stop], past_key_values=cache, use_cache=True).last_hidden_state
-        for start, stop in spans
+        for start, stop in pieces
     ]
     return torch.cat(parts, 1)[0]
+
+
+def _cut(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    return [
+        (at, min(at + LONGEST_FORWARD, stop))
+        for start, stop in spans
+        for at in range(start, stop, LONGEST_FORWARD)
+    ]
 
 
 def logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:

@@ -138,6 +138,17 @@ def _quantized(options: dict[str, Any], config: PreTrainedConfig) -> Cache:
     return QuantizedCache(config=config, **options)
 
 
+def same_options(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Tells whether options from a result file are those of a setting of today.
+
+    The package may have got fields since, whose defaults are what it did before it had them.
+    """
+    defaults = RotorQuantConfig().to_dict()
+    if now.keys() == defaults.keys():
+        before = {**defaults, **before}
+    return before == now
+
+
 def reason_to_skip(setting: Setting, config: PreTrainedConfig, *, strict: bool) -> str | None:
     """Returns why a setting cannot be measured here, or None."""
     if strict and not setting.strict:

@@ -169,9 +169,36 @@ def _generate_cell(row: dict[str, Any]) -> str:
     return f"{row['step_ms']:.2f} ms{goal}; {row['prefill_s']:.2f} s; {memory}"
 
 
+def _needle_rows(result: dict[str, Any]) -> list[list[str]]:
+    """Share of facts found by context, of each kind of prompt and cache."""
+    rows = [row for row in result["summary"] if row["prompts"]]
+    cells = [cell for row in rows for cell in row["cells"]]
+    contexts = sorted({cell["context"] for cell in cells})
+    table = [["prompts", "cache", "bits a number", *(f"{n:,} tokens" for n in contexts), "log p"]]
+    for kind in dict.fromkeys(cell["kind"] for cell in cells):
+        for row in rows:
+            mine = [cell for cell in row["cells"] if cell["kind"] == kind]
+            if mine:
+                name, bits = f"`{row['setting']}`", f"{row['bits_nominal']:.2f}"
+                scores = [_found([c for c in mine if c["context"] == n]) for n in contexts]
+                table.append([kind, name, bits, *scores, f"{_mean(mine, 'logprob'):.2f}"])
+    return table
+
+
+def _found(cells: list[dict[str, Any]]) -> str:
+    return f"{100 * _mean(cells, 'score'):.1f}%" if cells else "-"
+
+
+def _mean(cells: list[dict[str, Any]], name: str) -> float:
+    """Mean over the prompts of some cells."""
+    prompts = sum(cell["prompts"] for cell in cells)
+    return sum(cell[name] * cell["prompts"] for cell in cells) / prompts
+
+
 MAKERS = {
     "perplexity": _perplexity_rows,
     "fidelity": _fidelity_rows,
+    "needle": _needle_rows,
     "rotation_mse": _mse_rows,
     "benchmark_attention": _attention_rows,
     "benchmark_generate": _generate_rows,
@@ -180,6 +207,10 @@ LEGENDS = {
     "fidelity": (
         "Mean over layers, of one window of {config[tokens]} tokens. Keys, values and outputs of "
         "attention: squared error by squared length; logits: root mean square error.\n\n"
+    ),
+    "needle": (
+        "Share of facts that greedy decoding gives in full, over all depths; log p: mean "
+        "log-probability of a whole answer.\n\n"
     ),
     "benchmark_attention": (
         "Time of one step of one layer, its share of the measured read rate of memory "

@@ -143,6 +143,19 @@ def test_a_stopped_run_goes_on(
         run_perplexity(saved_model, text, out, *options, "--skip", "20")
 
 
+def test_settings_are_added_to_a_file(saved_model: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "x.json"
+    first = run_perplexity(saved_model, text, out, "--settings", "near-lossless:4")
+    names = ["near-lossless:4", "rotorquant:4", "turboquant:4"]
+    both = run_perplexity(saved_model, text, out, "--settings", *names)
+    assert both["records"][:2] == first["records"] and len(both["records"]) == 6
+    assert [row["setting"] for row in both["summary"]] == names
+    assert [row["windows"] for row in both["summary"]] == [2, 2, 2]
+    assert len({row["reference_perplexity"] for row in both["summary"]}) == 1
+    # the command in the file makes all of it
+    assert " ".join(names) in both["command"]
+
+
 def test_results_of_a_renamed_setting_are_not_mixed(tmp_path: Path) -> None:
     (one,) = parse_settings(["near-lossless:3"], strict=True)
     (other,) = parse_settings(["near-lossless:3"], strict=False)
@@ -150,6 +163,19 @@ def test_results_of_a_renamed_setting_are_not_mixed(tmp_path: Path) -> None:
     run.add_setting(one)
     with pytest.raises(ValueError, match="other options"):
         run.add_setting(other)
+
+
+def test_fields_that_are_new_have_their_defaults_in_old_files(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    run = Run(path, {"commit": None, "environment": {}}, {})
+    plain, packed = parse_settings(
+        ["near-lossless:3", "near-lossless:3,sliding=packed"], strict=True
+    )
+    before = {name: value for name, value in plain.options.items() if name != "sliding"}
+    run.content["settings"] = {plain.label: dict(before), packed.label: before}
+    run.add_setting(plain)
+    with pytest.raises(ValueError, match="other options"):
+        run.add_setting(packed)
 
 
 @pytest.mark.parametrize(
@@ -165,6 +191,26 @@ def test_logits_in_pieces_are_the_models(family: str) -> None:
         expected = model(tokens).logits[0]
     torch.testing.assert_close(pieces, expected)
     assert expected.std() > 0
+
+
+def test_an_exact_cache_reads_long_spans_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens = make_model("llama"), make_tokens(20)
+    lengths: list[int] = []
+    decoder = model.get_decoder()
+    decoder.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
+
+    def read(cache: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return scoring.hidden_states(model, tokens, cache, [(0, 11), (11, 20)])
+
+    whole = read(DynamicCache(config=model.config))
+    monkeypatch.setattr(scoring, "LONGEST_FORWARD", 4)
+    pieces = read(DynamicCache(config=model.config))
+    # what a packed cache makes of a forward depends on its length
+    (packed,) = parse_settings(["near-lossless:3"], strict=True)
+    read(packed.make(model.config))
+    assert lengths == [11, 9, 4, 4, 3, 4, 4, 1, 11, 9]
+    torch.testing.assert_close(pieces, whole)
 
 
 @pytest.mark.parametrize("bytes_kept", [0, 1 << 30])

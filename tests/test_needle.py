@@ -184,6 +184,9 @@ def test_depths_are_spread(tmp_path: Path) -> None:
     cases = needle.make_cases(needle.parse([*words, "--depths", "3", "--seeds", "1"]))
     depths = [case.depth for case in cases]
     assert depths == [0.0, 0.5, 1.0] * 2
+    many = needle.make_cases(needle.parse([*words, "--depths", "3", "--seeds", "2"]))
+    # a run that is cut short has every cell
+    assert many[:6] == cases and [case.seed for case in many] == [0] * 6 + [1] * 6
     assert all(a <= b for a, b in pairwise(case.context for case in cases))
     (middle,) = {c.depth for c in needle.make_cases(needle.parse([*words, "--depths", "1"]))}
     assert middle == 0.5

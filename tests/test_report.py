@@ -48,8 +48,15 @@ def perplexity_result(settings: dict[str, float]) -> dict[str, Any]:
 
 def needle_result() -> dict[str, Any]:
     cells = [
-        {"kind": "single", "context": 1024, "depth": depth, "score": depth, "logprob": -depth}
-        for depth in (0.0, 0.5, 1.0)
+        {
+            "kind": "single",
+            "context": 1024,
+            "depth": depth,
+            "prompts": prompts,
+            "score": depth,
+            "logprob": -depth,
+        }
+        for depth, prompts in ((0.0, 2), (0.5, 1), (1.0, 1))
     ]
     row = {"setting": "dynamic", "prompts": 3, "bits_nominal": 16, "score": 0.5, "logprob": -0.5}
     return {
@@ -93,6 +100,8 @@ def test_the_page_names_every_file(tmp_path: Path) -> None:
         "Memory",
         "Files without a section",
     ]
+    # (2 * 0 + 0.5 + 1) / 4, since a run may stop within a grid
+    assert "| single | `dynamic` | 16.00 | 37.5% | -0.38 |" in page
     assert all(name in page for name in files) and "- `foreign.json`" in page
     for picture in ("quality", "needles", "steps", "memory"):
         assert f"({picture}.png)" in page and (out / f"{picture}.png").stat().st_size > 0
