@@ -96,16 +96,17 @@ def generate(
     """Runs prefill and `steps` steps, or what begins within `seconds`; returns clock and cache."""
     clock = StepClock(model.device)
     cache = row.make(model.config, prompt.shape[1] + steps + 1)
-    model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        past_key_values=cache,
-        max_new_tokens=steps + 1,
-        max_time=seconds,
-        do_sample=False,
-        disable_compile=not compiled,
-        streamer=clock,
-    )
+    with row.around(model, cache):
+        model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            past_key_values=cache,
+            max_new_tokens=steps + 1,
+            max_time=seconds,
+            do_sample=False,
+            disable_compile=not compiled,
+            streamer=clock,
+        )
     return clock, cache
 
 
@@ -115,8 +116,7 @@ def measure(model: PreTrainedModel, name: str, case: Case, *, steps: int, second
     before = model.config._attn_implementation
     try:
         model.set_attn_implementation(row.attention)
-        with row.around():
-            return _measure(model, name, case, steps, seconds)
+        return _measure(model, name, case, steps, seconds)
     except Exception as error:
         # a missing package, a kernel that fails, no memory: the other rows go on
         return Result(name, str(case), error=first_line(error))

@@ -4,14 +4,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
-from transformers import DynamicCache, PreTrainedConfig, QuantizedCache, StaticCache
+from transformers import (
+    DynamicCache,
+    PreTrainedConfig,
+    PreTrainedModel,
+    QuantizedCache,
+    StaticCache,
+)
 from transformers.cache_utils import Cache
 
-from rq_hf import RotorQuantCache, RotorQuantStaticCache
+from rq_hf import RotorQuantCache, RotorQuantStaticCache, cuda_graph
+
+
+@contextmanager
+def _nothing(model: PreTrainedModel, cache: Cache) -> Iterator[None]:
+    yield
 
 
 @dataclass(frozen=True)
@@ -24,7 +35,7 @@ class CacheRow:
             hold.
         attention: The model's attention implementation.
         compiled: Let `generate` compile the steps, which it does for caches of a fixed size.
-        around: What holds while it runs.
+        around: What holds while a model runs with a cache.
         goal: Kind of the goal for its step, a key of `goals.STEP`.
     """
 
@@ -32,12 +43,12 @@ class CacheRow:
     make: Callable[[PreTrainedConfig, int], Cache]
     attention: str = "sdpa"
     compiled: bool = False
-    around: Callable[[], AbstractContextManager] = nullcontext
+    around: Callable[[PreTrainedModel, Cache], AbstractContextManager] = _nothing
     goal: str | None = None
 
 
 @contextmanager
-def without_cudnn() -> Iterator[None]:
+def without_cudnn(model: PreTrainedModel, cache: Cache) -> Iterator[None]:
     """Takes cuDNN from among the kernels of scaled_dot_product_attention.
 
     It builds a plan for every new length of the cache, which is every step.
@@ -95,6 +106,12 @@ ROWS = {
         goal="eager",
     ),
     "rotorquant-static-3": CacheRow("RotorQuantStaticCache, 3 bits, eager", _packed_static(3)),
+    "rotorquant-static-3-graph": CacheRow(
+        "RotorQuantStaticCache, 3 bits, `cuda_graph`",
+        _packed_static(3),
+        around=cuda_graph,
+        goal="graph",
+    ),
     "rotorquant-static-2-compiled": _compiled(2),
     "rotorquant-static-3-compiled": _compiled(3),
     "rotorquant-static-4-compiled": _compiled(4),

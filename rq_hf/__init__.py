@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rq_hf.cache import RotorQuantCache
     from rq_hf.config import RotorQuantConfig
+    from rq_hf.graph import cuda_graph
     from rq_hf.integration import use_rotorquant
     from rq_hf.static_cache import RotorQuantStaticCache
 
@@ -16,6 +17,7 @@ __all__ = [
     "RotorQuantConfig",
     "RotorQuantStaticCache",
     "__version__",
+    "cuda_graph",
     "use_rotorquant",
 ]
 
@@ -23,6 +25,7 @@ _HOMES = {
     "RotorQuantCache": "rq_hf.cache",
     "RotorQuantConfig": "rq_hf.config",
     "RotorQuantStaticCache": "rq_hf.static_cache",
+    "cuda_graph": "rq_hf.graph",
     "use_rotorquant": "rq_hf.integration",
 }
 

@@ -24,7 +24,7 @@ from rq_hf.layers import RotorQuantLayer
 from rq_hf.quant.rope import RopeTable
 from rq_hf.rope import rope_tables
 from rq_hf.sliding import RotorQuantSlidingLayer, covers
-from rq_hf.static_exact import ExactStaticLayer
+from rq_hf.static_exact import ExactStaticLayer, ExactStaticSlidingLayer
 from rq_hf.static_layer import RotorQuantStaticLayer
 
 # attention implementations that take keys and values as handles; others get dense tensors
@@ -122,7 +122,10 @@ def _make_static_layer(
     if kind == "full_attention" and any(plan.packs):
         # one mask of the host is for these and for packed ones
         return ExactStaticLayer(max_cache_len)
-    return STATIC_LAYER_TYPE_MAPPING[kind](**{**options, "max_cache_len": max_cache_len})
+    options = {**options, "max_cache_len": max_cache_len}
+    if kind in _WINDOWED:
+        return ExactStaticSlidingLayer(**options)
+    return STATIC_LAYER_TYPE_MAPPING[kind](**options)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rq_hf.ops import LayerView, attend, chooses_triton, reference
+from rq_hf.ops import LayerView, chooses_triton, reference
+from rq_hf.ops.attend import attend_with
 from rq_hf.ops.dispatch import MAX_QUERIES
 from rq_hf.statistics import padding_of_mask, padding_of_weights
 
@@ -74,14 +75,15 @@ class ViewSource:
         door: str,
     ) -> Tensor:
         """Returns attention from the packed store, and counts the call under `door`."""
-        impl = self._choose(query)
-        self.count(f"{door} by kernels" if impl == "triton" else door)
+        kernels = self._chooses_kernels(query)
+        self.count(f"{door} by kernels" if kernels else door)
         if self.observed:
             before = self.view.length - self.new_tokens
             fits = mask is not None and mask.shape[2] == self.new_tokens
             self._observe(query, padding_of_mask(mask, before) if fits else None)
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        return attend(
+        return attend_with(
+            kernels,
             query,
             self.view,
             scale=scale,
@@ -89,15 +91,14 @@ class ViewSource:
             causal=causal,
             softcap=softcap,
             sinks=sinks,
-            impl=impl,
         )
 
-    def _choose(self, query: Tensor) -> str:
-        """Returns "triton" or "reference": many queries are matrix products, which torch has."""
+    def _chooses_kernels(self, query: Tensor) -> bool:
+        """Whether kernels run: many queries are matrix products, which torch has."""
         wanted = self.layer.config.impl
         if query.shape[2] > MAX_QUERIES:
             wanted = "reference"
-        return "triton" if chooses_triton(query, self.view, wanted) else "reference"
+        return chooses_triton(query, self.view, wanted)
 
     def scores(self, query: Tensor) -> Tensor | None:
         if _wants_gradient(query):

@@ -22,7 +22,7 @@ class RotorQuantStaticCache(RotorQuantCache):
 
     With it `generate()` compiles the model's steps on a GPU by itself, as with the host's
     `StaticCache`, and a whole step fits one CUDA graph; so does `torch.compile(model)` by hand, for
-    steps of one token. Prompts are not compiled.
+    steps of one token. Prompts are not compiled. `rq_hf.cuda_graph` does without a compiler.
 
     Statistics are frozen at the end of the first prompt, however short that is. Sliding layers and
     all others that are not packed are the host's static ones. Sequences keep their number, dtype

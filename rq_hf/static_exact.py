@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The host's static layer, exact, for use beside packed ones."""
+"""The host's static layers, exact, for use beside packed ones."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
-from transformers.cache_utils import StaticLayer
+from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 
 class ExactStaticLayer(StaticLayer):
@@ -29,3 +30,24 @@ class ExactStaticLayer(StaticLayer):
         if query_length == 1:
             return self.max_cache_len, 0
         return int(self.get_seq_length()) + query_length, 0
+
+
+class ExactStaticSlidingLayer(StaticSlidingWindowLayer):
+    """Moves a full window on by one token without a number from the host.
+
+    The host's own copies one to the device, which cannot be recorded as a CUDA graph.
+    """
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Stores new states; returns keys and values, see `StaticSlidingWindowLayer`."""
+        is_full = self.cumulative_length_int >= self.max_cache_len
+        # compiled steps are as the host has them
+        if torch.compiler.is_compiling() or not is_full or key_states.shape[2] != 1:
+            return super().update(key_states, value_states, *args, **kwargs)
+        self.cumulative_length_int += 1
+        assert self.keys is not None and self.values is not None
+        for window, new in ((self.keys, key_states), (self.values, value_states)):
+            window.copy_(torch.cat((window[:, :, 1:], new), 2))
+        return self.keys, self.values

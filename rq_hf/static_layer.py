@@ -202,6 +202,16 @@ class RotorQuantStaticLayer(RotorQuantLayer):
         """Whether a prompt waits to be stored."""
         return self._pending is not None
 
+    @property
+    def takes_steps(self) -> bool:
+        """Whether the prompt is stored, and statistics are frozen."""
+        return self._steps and self._pending is None
+
+    @property
+    def recipe(self) -> str:
+        """Name of what packs and reads the layer, see `static_ops`; empty before the prompt."""
+        return self._recipe
+
     def settle(self) -> None:
         """Stores the prompt, with what has been seen of its queries, and freezes statistics.
 

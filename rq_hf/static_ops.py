@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Steps of a static layer as operators that `torch.compile` takes for single nodes of its graph.
 
-They get tensors, numbers and the name of a `Recipe`: what else packing and reading need. Equal
-recipes have equal names, so what was compiled for one cache serves all like it.
+Where nothing is compiled they are called without torch's dispatch, which takes several times
+longer than what they do on the host. They get tensors, numbers and the name of a `Recipe`: what
+else packing and reading need. Equal recipes have equal names, so what was compiled for one cache
+serves all like it.
 """
 
 # annotations stay objects here: the schemas of the operators are read from them
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -103,11 +105,12 @@ def intern_recipe(recipe: Recipe, fields: tuple[object, ...]) -> str:
     return name
 
 
-@torch.library.custom_op(
-    "rq_hf::append_",
-    mutates_args=("exact_keys", "exact_values", "records", "scales", "counts"),
-)
-def append_(
+def recipe_of(name: str) -> Recipe:
+    """Returns the recipe of that name."""
+    return _recipes[name]
+
+
+def _append(
     key: Tensor,
     value: Tensor,
     exact_keys: Tensor,
@@ -156,13 +159,7 @@ def append_(
     )
 
 
-@append_.register_fake
-def _(*args: object) -> None:
-    return None
-
-
-@torch.library.custom_op("rq_hf::attend_static", mutates_args=())
-def attend_static(
+def _attend(
     query: Tensor,
     tensors: Sequence[Tensor],
     mask: Tensor | None,
@@ -182,13 +179,7 @@ def attend_static(
     return attend(query, view, impl=of.impl, **options).contiguous()  # type: ignore[arg-type]
 
 
-@attend_static.register_fake
-def _(query: Tensor, *args: object) -> Tensor:
-    return torch.empty_like(query, memory_format=torch.contiguous_format)
-
-
-@torch.library.custom_op("rq_hf::decode_static", mutates_args=())
-def decode_static(
+def _decode(
     tensors: Sequence[Tensor],
     length: int,
     sink_length: int,
@@ -203,13 +194,6 @@ def decode_static(
     key, value = view.decode_tiles(0, of.records.shape[2], dtype=of.exact_keys.dtype)
     place = _Places(of.counts, of.padding, length, sink_length)
     return place.join(of.exact_keys, key), place.join(of.exact_values, value)
-
-
-@decode_static.register_fake
-def _(tensors: Sequence[Tensor], length: int, *args: object) -> tuple[Tensor, Tensor]:
-    batch, heads, _, head_dim = tensors[0].shape
-    dense = tensors[0].new_empty(batch, heads, length, head_dim)
-    return dense, torch.empty_like(dense)
 
 
 class _Places:
@@ -236,3 +220,52 @@ class _Places:
         first = exact[:, :, : self.sinks.shape[1]]
         dense.scatter_(2, self.sinks[:, None, :, None].expand_as(first), first)
         return dense.masked_fill_(self.is_free[:, None], 0)
+
+
+_append_op = torch.library.custom_op(
+    "rq_hf::append_",
+    _append,
+    mutates_args=("exact_keys", "exact_values", "records", "scales", "counts"),
+)
+_attend_op = torch.library.custom_op("rq_hf::attend_static", _attend, mutates_args=())
+_decode_op = torch.library.custom_op("rq_hf::decode_static", _decode, mutates_args=())
+
+
+@_append_op.register_fake
+def _(*args: object) -> None:
+    return None
+
+
+@_attend_op.register_fake
+def _(query: Tensor, *args: object) -> Tensor:
+    return torch.empty_like(query, memory_format=torch.contiguous_format)
+
+
+@_decode_op.register_fake
+def _(tensors: Sequence[Tensor], length: int, *args: object) -> tuple[Tensor, Tensor]:
+    batch, heads, _, head_dim = tensors[0].shape
+    dense = tensors[0].new_empty(batch, heads, length, head_dim)
+    return dense, torch.empty_like(dense)
+
+
+def append_(*args: Any) -> None:
+    """Stores one token a sequence; arguments and errors are those of `_append`."""
+    (_append_op if _is_traced(args[0]) else _append)(*args)
+
+
+def attend_static(*args: Any) -> Tensor:
+    """Returns attention for queries; arguments are those of `_attend`."""
+    return (_attend_op if _is_traced(args[0]) else _attend)(*args)
+
+
+def decode_static(*args: Any) -> tuple[Tensor, Tensor]:
+    """Returns all keys and values; arguments are those of `_decode`."""
+    return (_decode_op if _is_traced(args[0][0]) else _decode)(*args)
+
+
+def _is_traced(tensor: Tensor) -> bool:
+    """Whether operations are taken note of and not done.
+
+    Before torch 2.13 handles are asked with tensors without numbers, when nothing is compiling.
+    """
+    return torch.compiler.is_compiling() or type(tensor) is not Tensor

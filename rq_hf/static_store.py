@@ -53,6 +53,12 @@ class StaticStore(LayerStore):
         for tensor in (*self.tensors_read, self.stored, self.base):
             torch._dynamo.mark_static_address(tensor)
 
+    @property
+    def changed_by_steps(self) -> list[Tensor]:
+        """What a step changes; in the buffers of tiles it writes free rows alone."""
+        tensors = self.tensors_read
+        return [tensors.exact_keys, tensors.exact_values, tensors.counts, self.stored]
+
     def refresh(self) -> None:
         """Reads from the device what is in use."""
         sinks, tail, self.packed_length, self.tiles.length = self.tensors_read.counts.tolist()

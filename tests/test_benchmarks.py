@@ -101,12 +101,13 @@ def test_random_views_are_what_a_cache_holds(bits: int) -> None:
 def test_benchmark_generate(tmp_path: Path) -> None:
     out = tmp_path / "generate.json"
     names = ["dynamic", "static", "static-compiled", "rotorquant-3", "rotorquant-3-registered"]
-    names += ["rotorquant-static-3", "rotorquant-static-3-compiled"]
+    names += ["rotorquant-static-3", "rotorquant-static-3-compiled", "rotorquant-static-3-graph"]
     options = ["--model", "tiny", "--cases", "1x300", "--steps", "6", "--rows", *names]
     result = benchmark(benchmark_generate, out, *options)
     rows = {row["row"]: row for row in result["rows"]}
     for name in ("static-compiled", "rotorquant-static-3-compiled"):
         assert "does not compile steps on cpu" in rows.pop(name)["error"]
+    assert "needs a model on a CUDA device" in rows.pop("rotorquant-static-3-graph")["error"]
     for row in rows.values():
         assert row["error"] is None and row["steps_timed"] == 2
         assert 0 < row["step_ms"] <= row["step_slowest_ms"]
@@ -137,9 +138,9 @@ def test_slow_steps_end_in_time(tmp_path: Path) -> None:
 
 
 def test_every_cache_is_in_the_registry_by_its_kind() -> None:
-    config = make_model("llama").config
+    model = make_model("llama")
     kinds = {
-        name: type(row.make(config, 40)).__name__
+        name: type(row.make(model.config, 40)).__name__
         for name, row in cache_rows.ROWS.items()
         if name != "quanto-4"
     }
@@ -148,10 +149,11 @@ def test_every_cache_is_in_the_registry_by_its_kind() -> None:
     assert kinds["rotorquant-2"] == "RotorQuantCache"
     static = {name for name, kind in kinds.items() if kind == "RotorQuantStaticCache"}
     compiled = {name for name in static if cache_rows.ROWS[name].compiled}
-    assert static - compiled == {"rotorquant-static-3"}
+    assert static - compiled == {"rotorquant-static-3", "rotorquant-static-3-graph"}
     assert compiled == {f"rotorquant-static-{bits}-compiled" for bits in (2, 3, 4)}
     before = torch.backends.cuda.cudnn_sdp_enabled()
-    with cache_rows.ROWS["dynamic-without-cudnn"].around():
+    row = cache_rows.ROWS["dynamic-without-cudnn"]
+    with row.around(model, row.make(model.config, 40)):
         assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert torch.backends.cuda.cudnn_sdp_enabled() == before
 

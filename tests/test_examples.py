@@ -9,12 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from support.models import VOCABULARY, make_model
 from transformers import AutoTokenizer
 
 from examples import (
     batch,
     compare_settings,
+    compiled,
     demo,
     generate,
     lm_eval,
@@ -31,6 +33,21 @@ def test_generate(saved_model: Path, capsys: pytest.CaptureFixture[str]) -> None
     out = capsys.readouterr().out
     assert out.startswith("abc")
     assert "bits a number" in out
+
+
+@pytest.mark.parametrize("options", [[], ["--graph"]])
+def test_compiled(
+    saved_model: Path, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    words = ["--model", str(saved_model), "--prompt", "abc", "--max-new-tokens", "4", *options]
+    if options and not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="needs a model on a CUDA device"):
+            compiled.main(words)
+        return
+    compiled.main(words)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines[:2]] == ["first run", "second run"]
+    assert lines[2].startswith("abc")
 
 
 def test_demo_packs_most_of_its_prompt(

@@ -38,13 +38,12 @@ def attend(
     Raises:
         ValueError: Shapes do not match, or the kernels were asked for and cannot run.
     """
+    _check(query, view, mask, sinks)
     kernels = chooses_triton(query, view, impl)
-    return attend_by(
-        kernels, query, view, scale=scale, mask=mask, causal=causal, softcap=softcap, sinks=sinks
-    )
+    return _attend(kernels, query, view, scale, mask, causal, softcap, sinks)
 
 
-def attend_by(
+def attend_with(
     kernels: bool,
     query: Tensor,
     view: LayerView,
@@ -55,8 +54,21 @@ def attend_by(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """See `attend`: for callers that have asked `chooses_triton` whether `kernels` run."""
+    """See `attend`: for callers who know from `chooses_triton` whether `kernels` run."""
     _check(query, view, mask, sinks)
+    return _attend(kernels, query, view, scale, mask, causal, softcap, sinks)
+
+
+def _attend(
+    kernels: bool,
+    query: Tensor,
+    view: LayerView,
+    scale: float,
+    mask: Tensor | None,
+    causal: bool,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
     run = reference.attend
     if kernels:
         from rq_hf.ops.triton.attend import attend as run
@@ -88,7 +100,7 @@ def _check(query: Tensor, view: LayerView, mask: Tensor | None, sinks: Tensor | 
         raise ValueError(
             f"query must be [{batch}, heads, queries, {head_dim}], got {list(query.shape)}"
         )
-    heads, queries = query.shape[1:3]
+    _, heads, queries, _ = query.shape
     if heads % kv_heads:
         raise ValueError(f"query heads must be a multiple of {kv_heads} KV heads, got {heads}")
     # of buffers of a fixed size, not all need be in use

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -101,7 +100,7 @@ class LayerView:
             counts=None,
         )
 
-    @cached_property
+    @property
     def length(self) -> int:
         """Tokens of a sequence, or for how many there is room."""
         length = self.sinks.keys.shape[2] + self.packed_length

@@ -17,7 +17,6 @@ from rq_hf.layers import RotorQuantLayer
 from rq_hf.quant.rope import RopeTable
 from rq_hf.static_handle import StaticHandle
 from rq_hf.static_layer import RotorQuantStaticLayer
-from rq_hf.static_ops import append_, attend_static, decode_static
 
 BATCH, HEADS, GROUP, HEAD_DIM = 2, 2, 3, 64
 PADDING = 30
@@ -225,12 +224,15 @@ def test_operators_keep_the_rules_of_operators() -> None:
     sinks = torch.zeros(HEADS * GROUP)
     arguments: tuple[Any, ...] = (make_query(1, 0), tensors, mask, sinks, 0.1, 5.0)
     numbers = (key.sink_length, key.recipe)
-    torch.library.opcheck(attend_static, (*arguments, *numbers), test_utils=tests)
-    torch.library.opcheck(decode_static, (tensors, ROOM, *numbers), test_utils=tests)
+    operators = torch.ops.rq_hf
+    torch.library.opcheck(operators.attend_static.default, (*arguments, *numbers), test_utils=tests)
+    torch.library.opcheck(
+        operators.decode_static.default, (tensors, ROOM, *numbers), test_utils=tests
+    )
     length, base = torch.tensor(tokens), torch.tensor(128)
     clones = [tensor.clone() for tensor in tensors]
     torch.library.opcheck(
-        append_,
+        operators.append_.default,
         (*make_states(1, 0), *clones[:5], *clones[6:], length, base, 4, 16, ROOM, key.recipe),
         test_utils=tests,
     )

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -21,22 +20,6 @@ CASES: list[tuple[int, dict[str, Any]]] = [
 ]
 
 
-class Compiled:
-    """Stands for a compiled kernel; `run` notes the names of what it is given."""
-
-    function, packed_metadata = None, ()
-
-    def __init__(self, names: list[str], notes: list[tuple[str, list[str]]], kernel: str) -> None:
-        self.names, self.notes, self.kernel = names, notes, kernel
-
-    def run(self, *given: Any) -> None:
-        grid, arguments = given[:3], given[9:]
-        assert len(grid) == 3 and all(isinstance(size, int) for size in grid)
-        assert len(arguments) == len(self.names)
-        wrong = [name for name, x in zip(self.names, arguments, strict=True) if is_wrong(name, x)]
-        self.notes.append((self.kernel, wrong))
-
-
 def is_wrong(name: str, argument: Any) -> bool:
     """Whether an argument is not of the kind that its place has: addresses are upper case."""
     if isinstance(argument, torch.Tensor):
@@ -47,28 +30,20 @@ def is_wrong(name: str, argument: Any) -> bool:
 def relaunched() -> list[tuple[str, list[str]]]:
     """Attends three times in each case, and returns what the second and third launches show."""
     from ops.test_attend_kernels import make_query, make_view
-    from triton.runtime.jit import JITFunction
+    from support.driver import fake_driver
 
     from rq_hf.ops.triton.attend import attend
 
-    notes: list[tuple[str, list[str]]] = []
-
-    def first_run(self: Any, *args: Any, grid: Any, warmup: bool, **named: Any) -> Compiled:
-        names = list(self.arg_names)
-        constants = [name for name in named if name not in ("num_warps", "num_stages")]
-        assert names[len(args) :] == constants
-        return Compiled(names, notes, self.__name__)
-
-    with (
-        mock.patch.object(torch.cuda, "current_device", lambda: 0),
-        mock.patch.object(torch._C, "_cuda_getCurrentRawStream", lambda _: 0, create=True),
-        mock.patch.object(JITFunction, "run", first_run),
-    ):
+    with fake_driver() as notes:
         for head_dim, settings in CASES:
             view = make_view(700, head_dim, torch.device("cpu"), batch=1, **settings)
             for _ in range(3):
                 attend(make_query(view, 4, 1), view, scale=0.1)
-    return notes
+    return [
+        (note.kernel, [name for name, x in note.arguments.items() if is_wrong(name, x)])
+        for note in notes
+        if not note.first
+    ]
 
 
 def test_later_launches_pass_the_same_arguments_by_address() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from triton import knobs
@@ -37,25 +37,10 @@ def processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-# kernels that have run, by what they were compiled for
-_compiled: dict[tuple, Any] = {}
+class Launch(NamedTuple):
+    """A kernel and what it is given.
 
-
-def launch(
-    kernel: Any,
-    grid: tuple[int, int],
-    args: tuple,
-    constants: dict[str, Any],
-    *,
-    num_warps: int,
-    num_stages: int | None = None,
-) -> None:
-    """Launches a kernel on the current device and stream.
-
-    A kernel that has run for arguments of the same kind is launched as it was compiled. Triton's
-    own way inspects every argument anew, which takes longer than a small kernel.
-
-    Args:
+    Attributes:
         kernel: A jitted function whose constants come last.
         grid: Programs.
         args: Tensors, integers and floats.
@@ -63,31 +48,85 @@ def launch(
         num_warps: Warps of a program.
         num_stages: Steps of a loop whose loads are under way together; None: Triton's default.
     """
+
+    kernel: Any
+    grid: tuple[int, int]
+    args: tuple
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int | None = None
+
+
+class Launched(NamedTuple):
+    """A launch in the driver's terms.
+
+    Attributes:
+        compiled: The compiled kernel.
+        grid: Programs.
+        values: What its arguments are, constants included, with addresses for tensors.
+    """
+
+    compiled: Any
+    grid: tuple[int, int]
+    values: list[Any]
+
+    def run(self, stream: int, values: list[Any]) -> None:
+        """Launches the kernel, with `values` of the same kind as its own (`kind_of`)."""
+        compiled = self.compiled
+        # the three None: metadata and hooks of profilers
+        compiled.run(
+            *self.grid,
+            1,
+            stream,
+            compiled.function,
+            compiled.packed_metadata,
+            None,
+            None,
+            None,
+            *values,
+        )
+
+
+# kernels that have run, by what they were compiled for
+_compiled: dict[tuple, Any] = {}
+
+
+def launch(wanted: Launch) -> Launched | None:
+    """Launches a kernel on the current device and stream.
+
+    A kernel that has run for arguments of the same kind is launched as it was compiled. Triton's
+    own way inspects every argument anew, which takes longer than a small kernel.
+
+    Returns:
+        What ran, to be run again; None in Triton's interpreter.
+    """
+    kernel, grid, args, constants, num_warps, num_stages = wanted
     if interpreting():
         kernel[grid](*args, **constants)
-        return
+        return None
     device = torch.cuda.current_device()
     values, kinds = _inspect(args, _specialized(kernel))
+    values.extend(constants.values())
     key = (kernel.__name__, device, num_warps, num_stages, kinds, *constants.values())
     compiled = _compiled.get(key)
     if compiled is None:
         stages = {} if num_stages is None else {"num_stages": num_stages}
-        _compiled[key] = kernel[grid](*args, **constants, num_warps=num_warps, **stages)
-        return
-    stream = torch._C._cuda_getCurrentRawStream(device)
-    # the three None: metadata and hooks of profilers
-    compiled.run(
-        *grid,
-        1,
-        stream,
-        compiled.function,
-        compiled.packed_metadata,
-        None,
-        None,
-        None,
-        *values,
-        *constants.values(),
-    )
+        compiled = kernel[grid](*args, **constants, num_warps=num_warps, **stages)
+        _compiled[key] = compiled
+        return Launched(compiled, grid, values)
+    launched = Launched(compiled, grid, values)
+    launched.run(current_stream(), values)
+    return launched
+
+
+def current_stream() -> int:
+    """The current stream of the current device, as the driver knows it."""
+    return torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
+
+
+def kind_of(number: int) -> object:
+    """What Triton looks at of an integer argument when it compiles."""
+    return 1 if number == 1 else (number % 16 == 0, number > 0x7FFFFFFF)
 
 
 @functools.cache
@@ -111,5 +150,5 @@ def _inspect(args: tuple, specialized: frozenset[int]) -> tuple[list, tuple]:
             continue
         values.append(argument)
         if place in specialized and isinstance(argument, int):
-            kinds.append(1 if argument == 1 else (argument % 16 == 0, argument > 0x7FFFFFFF))
+            kinds.append(kind_of(argument))
     return values, tuple(kinds)

@@ -114,6 +114,8 @@ _codecs: WeakKeyDictionary[TileCodec, dict[torch.device, CodecTables]] = WeakKey
 _ropes: dict[tuple, RopeOperands] = {}
 # a model has a table or two, a process a few models
 _MOST_ROPES = 64
+# those that CUDA graphs read, which may be run for as long as the process lives
+_in_graphs: dict[int, RopeOperands] = {}
 
 
 def codec_tables(codec: TileCodec, device: torch.device) -> CodecTables:
@@ -138,6 +140,14 @@ def rope_operands(
             kept = _make_rope_operands(rope, start, length, tiles + _SPARE_TILES, device)
         _ropes[key] = kept
     return kept
+
+
+def keep_for_graphs(operands: RopeOperands | None) -> None:
+    """Keeps tables for good if a CUDA graph is being captured, which then reads them."""
+    if operands is None or not operands.tiles.is_cuda:
+        return
+    if torch.cuda.is_current_stream_capturing():
+        _in_graphs[id(operands)] = operands
 
 
 def padded_pairs(rope: RopeTable) -> int:

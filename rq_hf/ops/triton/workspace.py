@@ -55,7 +55,7 @@ class Sizes:
         units = batch * kv_heads * -(-rows // block)
         tiles = view.records.shape[2] if view.packed_length else 0
         wanted = processors(query.device) * _PROGRAMS // units
-        chunk = 64 if head_dim <= 128 else 32
+        chunk = exact_chunk(head_dim)
         chunks = sum(-(-rows.keys.shape[2] // chunk) for rows in pieces)
         return cls(
             batch=batch,
@@ -83,8 +83,13 @@ class Sizes:
 
 @dataclass(frozen=True, eq=False)
 class Workspace:
-    """Results of one launch that the next reads, float32 but for `rows8`; see the kernels."""
+    """Results of one launch that the next reads, float32 but for `rows8`; see the kernels.
 
+    Attributes:
+        whole: The memory that the others are pieces of.
+    """
+
+    whole: Tensor
     partial: Tensor
     weight: Tensor
     coef: Tensor
@@ -130,13 +135,28 @@ class Workspace:
             # two bytes a number
             "rows8": 0 if plain else numbers // 2,
         }
-        space = torch.empty(sum(map(_aligned, counts.values())), device=device)
+        whole = take_memory(sum(map(_aligned, counts.values())), device)
         pieces, at = {}, 0
         for name, count in counts.items():
-            pieces[name] = space[at : at + count]
+            pieces[name] = whole[at : at + count]
             at += _aligned(count)
         pieces["rows8"] = pieces["rows8"].view(torch.int8)
-        return cls(**pieces)
+        return cls(whole, **pieces)
+
+    @property
+    def pieces(self) -> list[Tensor]:
+        """All that has any numbers."""
+        return [t for name, t in vars(self).items() if name != "whole" and t.numel()]
+
+
+def take_memory(count: int, device: torch.device) -> Tensor:
+    """Takes memory for `count` numbers of 4 bytes, aligned to more than kernels care for."""
+    return torch.empty(count, dtype=torch.float32, device=device)
+
+
+def exact_chunk(head_dim: int) -> int:
+    """Exact tokens of a part."""
+    return 64 if head_dim <= 128 else 32
 
 
 def _splits(tiles: int, most: int) -> int:
