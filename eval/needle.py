@@ -154,6 +154,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(json.dumps({**head["environment"], **config}, indent=1))
     run = NeedleRun(args.out, head, config)
     chosen = usable(settings, model, run, strict=False)
+    # the command too, however soon the run is stopped
+    run.save()
     measure(model, tokenizer, maker, cases, chosen, run)
     run.save()
     print_table(run.content["summary"])

@@ -21,6 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.image import AxesImage
 
 from eval.needle_prompts import KINDS
+from eval.plot import DPI
 
 TITLES = {"score": "share of facts found", "logprob": "log-probability of the answer"}
 Cells = list[dict[str, Any]]
@@ -48,16 +49,19 @@ def plot_needle(result: dict[str, Any], path: Path, value: str = "score") -> Non
     )
     limits = _limits(rows, value)
     for axes_of_kind, kind in zip(grid, kinds, strict=True):
+        # of all caches: one that was cut short may have none
+        every = [cell for row in rows for cell in row["cells"] if cell["kind"] == kind]
+        places = [sorted({cell[name] for cell in every}) for name in ("depth", "context")]
         for axes, row in zip(axes_of_kind, rows, strict=True):
             cells = [cell for cell in row["cells"] if cell["kind"] == kind]
-            image = _draw(axes, cells, value, limits)
+            image = _draw(axes, cells, places, value, limits)
             axes.set_title(f"{row['setting']}\n{kind}, mean {_mean(cells, value)}", fontsize=9)
         axes_of_kind[0].set_ylabel("depth, %")
     for axes in grid[-1]:
         axes.set_xlabel("context, tokens")
     figure.colorbar(image, ax=grid, label=TITLES[value], shrink=0.8)
     figure.suptitle(f"{result['config']['model']['name']}", fontsize=10)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=DPI, pil_kwargs={"optimize": True})
     plt.close(figure)
 
 
@@ -68,9 +72,14 @@ def _limits(rows: Sequence[dict[str, Any]], value: str) -> tuple[float, float]:
     return min(cell[value] for row in rows for cell in row["cells"]), 0.0
 
 
-def _draw(axes: Axes, cells: Cells, value: str, limits: tuple[float, float]) -> AxesImage:
-    contexts = sorted({cell["context"] for cell in cells})
-    depths = sorted({cell["depth"] for cell in cells})
+def _draw(
+    axes: Axes,
+    cells: Cells,
+    places: Sequence[Sequence[float]],
+    value: str,
+    limits: tuple[float, float],
+) -> AxesImage:
+    depths, contexts = places
     values = np.full((len(depths), len(contexts)), np.nan)
     for cell in cells:
         values[depths.index(cell["depth"]), contexts.index(cell["context"])] = cell[value]

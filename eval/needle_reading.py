@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Callable
 from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, QuantizedCache
 from transformers.cache_utils import Cache
 
 from eval.needle_prompts import Prompt, Question
@@ -51,16 +51,21 @@ def read_prompt(
 ) -> dict[str, Any]:
     """Returns a record: scores of one prompt with one cache, and what the cache held."""
     begin = time.perf_counter()
-    cache = setting.make(model.config)
-    _read_context(model, prompt.context, cache)
+
+    def read_context() -> Cache:
+        cache = setting.make(model.config)
+        tokens = prompt.context.to(model.device)
+        model.get_decoder()(tokens, past_key_values=cache, use_cache=True)
+        return cache
+
+    cache = read_context()
     nominal, held = bits_per_number(cache)
     packed = packed_tokens(cache)
-    last = len(prompt.questions) - 1
-    answers = [
+    answers = []
+    for i, question in enumerate(prompt.questions):
         # every question meets the context alone
-        answer(model, cache if i == last else copy.deepcopy(cache), question)
-        for i, question in enumerate(prompt.questions)
-    ]
+        last = i == len(prompt.questions) - 1
+        answers.append(answer(model, cache if last else _copy(cache, read_context), question))
     return {
         "setting": setting.label,
         "score": fmean(one.exact for one in answers),
@@ -81,8 +86,9 @@ def read_prompt(
     }
 
 
-def _read_context(model: PreTrainedModel, tokens: Tensor, cache: Cache) -> None:
-    model.get_decoder()(tokens.to(model.device), past_key_values=cache, use_cache=True)
+def _copy(cache: Cache, make_again: Callable[[], Cache]) -> Cache:
+    # some back ends' tensors refuse to be copied
+    return make_again() if isinstance(cache, QuantizedCache) else copy.deepcopy(cache)
 
 
 def packed_tokens(cache: Cache) -> int:

@@ -29,8 +29,8 @@ class NeedleRun(Run):
         records = self._of(label)
         if not records:
             return {"setting": label, "prompts": 0}
-        exact = {_key(r): r for r in self._of(EXACT)}
-        paired = [(r, exact[_key(r)]) for r in records if _key(r) in exact]
+        exact = {case_key(r): r for r in self._of(EXACT)}
+        paired = [(r, exact[case_key(r)]) for r in records if case_key(r) in exact]
         return {
             "setting": label,
             "prompts": len(records),
@@ -50,7 +50,8 @@ def _case_of(record: dict[str, Any]) -> dict[str, Any]:
     return {name: record[name] for name in Case.__dataclass_fields__}
 
 
-def _key(record: dict[str, Any]) -> tuple[Any, ...]:
+def case_key(record: dict[str, Any]) -> tuple[Any, ...]:
+    """Returns what tells a record's prompt from others."""
     return tuple(_case_of(record).values())
 
 

@@ -203,6 +203,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(json.dumps({**head["environment"], **config}, indent=1))
     run = Run(args.out, head, config)
     chosen = usable(settings, model, run, strict=strict)
+    # the command too, however soon the run is stopped
+    run.save()
     measure(model, windows, chosen, spans, start, run, args.shard)
     run.save()
     print_table(run.content["summary"])

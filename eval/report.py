@@ -19,7 +19,7 @@ from tqdm import tqdm
 from eval import report_memory, report_plots
 from eval.needle_plot import plot_needle
 from eval.plot import plot_attention
-from eval.tables import make_table, module_of
+from eval.tables import make_table, markdown, module_of
 
 Results = dict[Path, dict[str, Any]]
 PAGE = "report.md"
@@ -76,6 +76,10 @@ def _rotations(results: Results, out: Path) -> Iterator[str]:
     yield from _tables(results)
 
 
+def _sensitivity(results: Results, out: Path) -> Iterator[str]:
+    yield from _tables(results)
+
+
 def _tables(results: Results) -> Iterator[str]:
     for path in results:
         yield f"### {path.stem}"
@@ -89,6 +93,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Results, Path], Iterator[str]]]] = {
     "benchmark_attention": ("Speed of attention", _attention),
     "benchmark_generate": ("A decode step in generate()", _steps),
     "rotation_mse": ("Rotations", _rotations),
+    "sensitivity": ("Sensitivity along a window", _sensitivity),
 }
 
 
@@ -102,14 +107,7 @@ def memory_section(out: Path) -> Iterator[str]:
         f"{report_memory.RESERVE / report_memory.GB:g} GB left free; computed from sizes, not "
         "measured:"
     )
-    yield markdown_table(report_memory.context_rows())
-
-
-def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """Returns rows, the header first, as a Markdown table."""
-    lines = [" | ".join(row) for row in rows]
-    lines.insert(1, " | ".join(["---"] * len(rows[0])))
-    return "\n".join(f"| {line} |" for line in lines)
+    yield markdown(report_memory.context_rows())
 
 
 def make_page(results: Results, out: Path) -> str:

@@ -4,7 +4,8 @@
 python -m eval.tables            # rewrites README.md
 python -m eval.tables --check    # says which tables differ, changes nothing
 
-A table stands between `<!-- table: eval/results/NAME.json -->` and `<!-- end of table -->`.
+A table stands between `<!-- table: eval/results/NAME.json -->` and `<!-- end of table -->`; a
+name with `*` stands for the files of one comparison over numbers of tokens for statistics.
 """
 
 from __future__ import annotations
@@ -13,15 +14,19 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
 from eval.goals import PROD_OVER_MSE
+from eval.needle_table import LEGEND, needle_rows
+from eval.statistics_table import statistics_rows, statistics_tokens
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 MIB = 1 << 20
+ERRORS = ("key", "value", "output")
 TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
@@ -38,21 +43,49 @@ def main() -> None:
 
 def fill(text: str) -> str:
     """Returns `text` with every table made anew from its file."""
-    return TABLE.sub(lambda match: match[1] + make_table(ROOT / match[2]) + match[3], text)
+    return TABLE.sub(lambda match: match[1] + _make(match[2]) + match[3], text)
+
+
+def _make(name: str) -> str:
+    if "*" in name:
+        return make_statistics_table(name)
+    return make_table(ROOT / name)
 
 
 def make_table(path: Path) -> str:
     """Returns a result file as a Markdown table with its command and hardware below."""
     result = json.loads(path.read_text())
     module = module_of(result)
-    rows = MAKERS[module](result)
     legend = LEGENDS.get(module, "").format_map(result)
+    source = f"`{result['command']}`; {_made_on(result)}; `{path.name}`"
+    return f"{markdown(MAKERS[module](result))}\n\n{legend}{source}{_note(result)}\n"
+
+
+def make_statistics_table(pattern: str) -> str:
+    """Returns one table of several files, with the command of one and the hardware below."""
+    results = [json.loads(path.read_text()) for path in sorted(ROOT.glob(pattern))]
+    first = min(results, key=statistics_tokens)
+    notes = "".join(dict.fromkeys(map(_note, results)))
+    source = f"`{first['command']}`, and so on; {_made_on(first)}; `{Path(pattern).name}`{notes}"
+    return f"{markdown(statistics_rows(results))}\n\n{source}\n"
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Returns rows, the header first, as a Markdown table."""
     lines = [" | ".join(row) for row in rows]
     lines.insert(1, " | ".join(["---"] * len(rows[0])))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def _made_on(result: dict[str, Any]) -> str:
     environment = result["environment"]
     versions = f"torch {environment['torch']}, transformers {environment['transformers']}"
-    source = f"`{result['command']}`; {environment['device']}, {versions}; `{path.name}`"
-    return "\n".join(f"| {line} |" for line in lines) + f"\n\n{legend}{source}\n"
+    return f"{environment['device']}, {versions}"
+
+
+def _note(result: dict[str, Any]) -> str:
+    """Returns what a file says about how it was made beside its command."""
+    return f". {result['note']}" if "note" in result else ""
 
 
 def module_of(result: dict[str, Any]) -> str:
@@ -73,6 +106,7 @@ def _perplexity_rows(result: dict[str, Any]) -> list[list[str]]:
             f"{row['top1_agreement_percent']:.1f}%",
         ]
         for row in result["summary"]
+        if row["windows"]
     ]
 
 
@@ -169,37 +203,33 @@ def _generate_cell(row: dict[str, Any]) -> str:
     return f"{row['step_ms']:.2f} ms{goal}; {row['prefill_s']:.2f} s; {memory}"
 
 
-def _needle_rows(result: dict[str, Any]) -> list[list[str]]:
-    """Share of facts found by context, of each kind of prompt and cache."""
-    rows = [row for row in result["summary"] if row["prompts"]]
-    cells = [cell for row in rows for cell in row["cells"]]
-    contexts = sorted({cell["context"] for cell in cells})
-    table = [["prompts", "cache", "bits a number", *(f"{n:,} tokens" for n in contexts), "log p"]]
-    for kind in dict.fromkeys(cell["kind"] for cell in cells):
-        for row in rows:
-            mine = [cell for cell in row["cells"] if cell["kind"] == kind]
-            if mine:
-                name, bits = f"`{row['setting']}`", f"{row['bits_nominal']:.2f}"
-                scores = [_found([c for c in mine if c["context"] == n]) for n in contexts]
-                table.append([kind, name, bits, *scores, f"{_mean(mine, 'logprob'):.2f}"])
+def _sensitivity_rows(result: dict[str, Any]) -> list[list[str]]:
+    """Divergence with noise, then errors of caches, by pieces of the window."""
+    lines = [
+        (f"KL, noise of {row['energy']:g} in {_layers(row['layers'])}", row["kl_by_piece"])
+        for row in result["noise"]
+    ]
+    for row in result["errors"]:
+        of = f"`{row['setting']}`, layer {row['layer']}"
+        lines += [(f"error of {what}s, {of}", row[f"{what}_error"]) for what in ERRORS]
+    pieces = len(lines[0][1])
+    table = [["", *(f"{i + 1}/{pieces}" for i in range(pieces)), "last / first"]]
+    for name, values in lines:
+        table.append([name, *(f"{x:.4f}" for x in values), f"{values[-1] / values[0]:.2f}"])
     return table
 
 
-def _found(cells: list[dict[str, Any]]) -> str:
-    return f"{100 * _mean(cells, 'score'):.1f}%" if cells else "-"
-
-
-def _mean(cells: list[dict[str, Any]], name: str) -> float:
-    """Mean over the prompts of some cells."""
-    prompts = sum(cell["prompts"] for cell in cells)
-    return sum(cell[name] * cell["prompts"] for cell in cells) / prompts
+def _layers(layers: list[int]) -> str:
+    several = "layers" if len(layers) > 1 else "layer"
+    return f"{several} {', '.join(map(str, layers))}"
 
 
 MAKERS = {
     "perplexity": _perplexity_rows,
     "fidelity": _fidelity_rows,
-    "needle": _needle_rows,
+    "needle": needle_rows,
     "rotation_mse": _mse_rows,
+    "sensitivity": _sensitivity_rows,
     "benchmark_attention": _attention_rows,
     "benchmark_generate": _generate_rows,
 }
@@ -208,9 +238,10 @@ LEGENDS = {
         "Mean over layers, of one window of {config[tokens]} tokens. Keys, values and outputs of "
         "attention: squared error by squared length; logits: root mean square error.\n\n"
     ),
-    "needle": (
-        "Share of facts that greedy decoding gives in full, over all depths; log p: mean "
-        "log-probability of a whole answer.\n\n"
+    "needle": LEGEND,
+    "sensitivity": (
+        "By eighths of windows of {config[window]} tokens, of the first {config[windows]} windows; "
+        "errors of the last of these, squared by squared length.\n\n"
     ),
     "benchmark_attention": (
         "Time of one step of one layer, its share of the measured read rate of memory "

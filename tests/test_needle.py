@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, DynamicCache
 from eval import needle, needle_plot, needle_reading
 from eval.needle_facts import random_facts
 from eval.needle_prompts import KINDS, Case, Prompt, PromptMaker, Question
+from eval.settings import Setting, parse_settings
 
 HAYSTACK = "The sea was calm. Nobody spoke! Was it late? The lamp burned on. " * 4
 TEMPLATE = (
@@ -177,6 +178,30 @@ def test_a_stopped_run_goes_on(
     after = run_needle(saved_model, out, *options)["records"]
     assert after[:3] == before and len(after) == 8
     assert read[4:] == ["near-lossless:4", *options[1:] * 2]
+
+
+def test_caches_that_cannot_be_copied_read_the_context_again(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Uncopied(DynamicCache):
+        def __deepcopy__(self, memo: Any) -> Any:
+            raise RuntimeError("no copy of this")
+
+    model, made = make_model("llama"), []
+
+    def make(config: Any) -> DynamicCache:
+        made.append(Uncopied(config=config))
+        return made[-1]
+
+    monkeypatch.setattr(needle_reading, "QuantizedCache", Uncopied)
+    prompt = make_prompt(tokenizer, Case("several", CONTEXT, 0.5, 0))
+    with torch.no_grad():
+        record = needle_reading.read_prompt(
+            model, tokenizer, prompt, Setting("uncopied", {}, make, False)
+        )
+        (exact,) = parse_settings(["dynamic"], strict=False)
+        expected = needle_reading.read_prompt(model, tokenizer, prompt, exact)
+    assert len(made) == 3 and record["answers"] == expected["answers"]
 
 
 def test_depths_are_spread(tmp_path: Path) -> None:

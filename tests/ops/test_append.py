@@ -48,7 +48,8 @@ def make_preconditioner(device: torch.device) -> Preconditioner:
 
 def start(prompt: int, device: torch.device, **settings: Any) -> tuple[PackedStates, Buffers]:
     """Returns a growing store of a prompt, and buffers that hold the same."""
-    config = RotorQuantConfig(**settings)
+    # kernels round otherwise: a code next to a boundary may be its neighbour
+    config = RotorQuantConfig(impl="reference", **settings)
     states = PackedStates(config, 0, None)
     key, value = make_states(prompt, device)
     states.allocate(key)
