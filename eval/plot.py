@@ -2,7 +2,7 @@
 """Pictures of result files.
 
 python -m eval.plot eval/results/perplexity.json
-python -m eval.plot eval/results/attention-speed.json
+python -m eval.plot eval/results/attention-speed.json eval/results/generate-speed.json
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, StrMethodFormatter
 
+from eval.report_plots import DPI, plot_steps
 from eval.shapes import parse_shape
 from eval.tables import module_of, setting_title
-
-DPI = 100  # pictures live in the repository
 
 
 def plot_perplexity(result: dict[str, Any], path: Path) -> None:
@@ -76,6 +76,8 @@ def plot_attention(result: dict[str, Any], path: Path) -> None:
     ticks = sorted({tokens for times in lines.values() for tokens in times})
     axes.set_xticks(ticks, [f"{tokens / 1024:g}k" for tokens in ticks], minor=False)
     axes.minorticks_off()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.grid(alpha=0.3, which="both")
     if lines:
         axes.legend(fontsize="small")
@@ -96,14 +98,17 @@ def _attention_lines(result: dict[str, Any]) -> tuple[dict[str, dict[int, float]
     return lines, model
 
 
-PLOTS = {"perplexity": plot_perplexity, "benchmark_attention": plot_attention}
+PLOTS = {
+    "perplexity": plot_perplexity,
+    "benchmark_attention": plot_attention,
+    "benchmark_generate": plot_steps,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "results", nargs="+", type=Path, help="files of eval.perplexity, eval.benchmark_attention"
-    )
+    files = "files of eval.perplexity, eval.benchmark_attention or eval.benchmark_generate"
+    parser.add_argument("results", nargs="+", type=Path, help=files)
     for path in parser.parse_args(argv).results:
         result = json.loads(path.read_text())
         PLOTS[module_of(result)](result, path.with_suffix(".png"))

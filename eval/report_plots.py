@@ -18,6 +18,8 @@ from matplotlib.lines import Line2D
 from eval.settings import LADDER
 
 Result = dict[str, Any]
+DPI = 100  # pictures live in the repository
+GOAL_STYLE = {"color": "black", "linestyle": ":", "linewidth": 2}
 
 
 class Panel(NamedTuple):
@@ -104,22 +106,27 @@ def plot_steps(result: Result, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(2 + 1.8 * len(cases), 4.5), layout="constrained")
     width = 0.8 / max(1, len(names))
     for i, name in enumerate(names):
-        times = {row["case"]: row["step_ms"] for row in timed if row["row"] == name}
-        places = np.arange(len(cases)) + (i - (len(names) - 1) / 2) * width
-        heights = [times.get(case, np.nan) for case in cases]
-        axes.bar(places, heights, width, label=result["labels"][name])
-    _mark_goals(axes, timed, cases)
+        rows = {cases.index(row["case"]): row for row in timed if row["row"] == name}
+        places = np.array(list(rows)) + (i - (len(names) - 1) / 2) * width
+        heights = [row["step_ms"] for row in rows.values()]
+        axes.bar(places, heights, width, label=result["labels"][name].replace("`", ""))
+        _mark_goals(axes, list(rows.values()), places, width)
     axes.set_xticks(range(len(cases)), cases)
-    axes.set(ylabel="ms a decode step", title=result["environment"]["device"])
+    axes.set(xlabel="sequences x tokens", ylabel="ms a decode step")
+    axes.set_title(result["environment"]["device"])
     axes.grid(alpha=0.3, axis="y")
     if names:
-        axes.legend(fontsize="small")
-    figure.savefig(path, dpi=150)
+        handles, labels = axes.get_legend_handles_labels()
+        if any(row["goal_ms"] is not None for row in timed):
+            handles.append(Line2D([], [], **GOAL_STYLE))
+            labels.append("goal")
+        axes.legend(handles, labels, fontsize="small")
+    figure.savefig(path, dpi=DPI, pil_kwargs={"optimize": True})
     plt.close(figure)
 
 
-def _mark_goals(axes: Axes, rows: Sequence[dict[str, Any]], cases: Sequence[str]) -> None:
-    for row in rows:
+def _mark_goals(axes: Axes, rows: Sequence[Result], places: Sequence[float], width: float) -> None:
+    """Draws each row's goal across its bar."""
+    for row, place in zip(rows, places, strict=True):
         if row["goal_ms"] is not None:
-            middle = cases.index(row["case"])
-            axes.hlines(row["goal_ms"], middle - 0.45, middle + 0.45, color="black", linestyle=":")
+            axes.hlines(row["goal_ms"], place - width / 2, place + width / 2, **GOAL_STYLE)

@@ -26,6 +26,8 @@ from eval.statistics_table import statistics_rows, statistics_tokens
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 MIB = 1 << 20
+# keys of `cache_rows.ROWS` begin so where nothing is packed
+BF16_CACHES = ("dynamic", "static")
 ERRORS = ("key", "value", "output")
 TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
@@ -184,23 +186,37 @@ def _failure(row: dict[str, Any]) -> str:
 
 
 def _generate_rows(result: dict[str, Any]) -> list[list[str]]:
-    """Step, prefill and memory of each cache, by case."""
-    cells = {(row["case"], row["row"]): _generate_cell(row) for row in result["rows"]}
-    cases, names = (list(dict.fromkeys(column)) for column in zip(*cells, strict=True))
-    return [["cache", *cases]] + [
-        [result["labels"][name], *(cells.get((case, name), "-") for case in cases)]
-        for name in names
-    ]
+    """Step, goal, prefill and memory of each cache, by case."""
+    header = ["batch x tokens", "cache", "ms a step", "goal", "speed, bf16 = 1", "prefill, s"]
+    table = [[*header, "cache, MiB", "peak in prefill, MiB", "peak in decoding, MiB"]]
+    best = _best_steps(result["rows"])
+    for row in result["rows"]:
+        cells = _generate_cells(row, best.get(row["case"]))
+        table.append([row["case"], result["labels"][row["row"]], *cells])
+    return table
 
 
-def _generate_cell(row: dict[str, Any]) -> str:
+def _best_steps(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Returns the shortest step of transformers' bf16 caches, in ms, by case."""
+    best: dict[str, float] = {}
+    for row in rows:
+        if row["error"] is None and row["row"].startswith(BF16_CACHES):
+            best[row["case"]] = min(row["step_ms"], best.get(row["case"], row["step_ms"]))
+    return best
+
+
+def _generate_cells(row: dict[str, Any], best_ms: float | None) -> list[str]:
     if row["error"] is not None:
-        return _failure(row)
-    goal = "" if row["goal_ms"] is None else f" (goal {row['goal_ms']})"
-    memory = f"{row['cache_bytes'] / MIB:.0f} MiB"
-    if row["prefill_peak_bytes"] is not None:
-        memory += f", peak {row['prefill_peak_bytes'] / MIB:.0f}"
-    return f"{row['step_ms']:.2f} ms{goal}; {row['prefill_s']:.2f} s; {memory}"
+        return [_failure(row), *["-"] * 6]
+    bf16 = best_ms is None or row["row"].startswith(BF16_CACHES)
+    sizes = (row[f"{name}_bytes"] for name in ("cache", "prefill_peak", "decode_peak"))
+    return [
+        f"{row['step_ms']:.2f}",
+        "-" if row["goal_ms"] is None else f"{row['goal_ms']}",
+        "-" if bf16 else f"{best_ms / row['step_ms']:.2f}x",
+        f"{row['prefill_s']:.3f}",
+        *("-" if size is None else f"{size / MIB:,.0f}" for size in sizes),
+    ]
 
 
 def _sensitivity_rows(result: dict[str, Any]) -> list[list[str]]:
@@ -244,13 +260,15 @@ LEGENDS = {
         "errors of the last of these, squared by squared length.\n\n"
     ),
     "benchmark_attention": (
-        "Time of one step of one layer, its share of the measured read rate of memory "
-        "({read_rate_gb_per_s:.0f} GB/s); how many times faster than the fastest bf16 kernel, of "
-        "how many times fewer bytes.\n\n"
+        "Time of one step of one layer; the rate at which it reads the cache, of the measured read "
+        "rate of memory ({read_rate_gb_per_s:.0f} GB/s); how many times faster than the fastest "
+        "bf16 kernel, of how many times fewer bytes, and the goal where there is one; Prod keys "
+        "also beside plain 3-bit keys.\n\n"
     ),
     "benchmark_generate": (
-        "A decode step; prefill; bytes of the cache's buffers, and the peak during prefill on top "
-        "of the weights.\n\n"
+        "Median time of a decode step inside `generate()`; its speed in multiples of that with the "
+        "fastest bf16 cache of the same case; what the cache's buffers hold, and what is allocated "
+        "at most on top of the weights.\n\n"
     ),
 }
 

@@ -72,3 +72,10 @@ def test_tables_are_those_of_the_result_files() -> None:
     text = tables.README.read_text()
     assert "<!-- table: " in text
     assert tables.fill(text) == text, "run python -m eval.tables"
+
+
+def test_pictures_and_linked_files_are_there() -> None:
+    named = re.findall(r"\]\(([^):#]+)\)", README)
+    assert any(name.endswith(".png") for name in named)
+    missing = [name for name in named if not (ROOT / name).is_file()]
+    assert not missing

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from eval import report, report_plots
+from eval import plot, report, report_plots
 from eval.report_memory import BITS, GB, MODELS, RESERVE, cache_bytes, largest_context
 
 ROOT = Path(__file__).parents[1]
@@ -69,7 +69,7 @@ def needle_result() -> dict[str, Any]:
 
 def steps_result() -> dict[str, Any]:
     row = {"row": "a", "case": "1x4k", "error": None, "step_ms": 5.0, "prefill_s": 1.0}
-    row |= {"goal_ms": 4.0, "cache_bytes": 1, "prefill_peak_bytes": None}
+    row |= {"goal_ms": 4.0, "cache_bytes": 1, "prefill_peak_bytes": None, "decode_peak_bytes": None}
     failed = {**row, "row": "b", "error": "no memory"}
     return {
         "command": "python -m eval.benchmark_generate --out o",
@@ -105,6 +105,13 @@ def test_the_page_names_every_file(tmp_path: Path) -> None:
     assert all(name in page for name in files) and "- `foreign.json`" in page
     for picture in ("quality", "needles", "steps", "memory"):
         assert f"({picture}.png)" in page and (out / f"{picture}.png").stat().st_size > 0
+
+
+def test_the_plots_command_draws_steps(tmp_path: Path) -> None:
+    path = tmp_path / "steps.json"
+    path.write_text(json.dumps(steps_result()))
+    plot.main([str(path)])
+    assert path.with_suffix(".png").stat().st_size > 0
 
 
 def test_the_projects_own_results_make_a_page(tmp_path: Path) -> None:

@@ -69,3 +69,72 @@ def test_settings_without_windows_have_no_row(tmp_path: Path) -> None:
     path.write_text(json.dumps(content))
     table = tables.make_table(path)
     assert "`a:3`" in table and "`b:3`" not in table
+
+
+def step(row: str, case: str, ms: float, goal: float | None = None) -> dict[str, Any]:
+    sizes = {"cache_bytes": 3 << 30, "prefill_peak_bytes": None, "decode_peak_bytes": 5 << 20}
+    return {
+        **{"row": row, "case": case, "error": None, "step_ms": ms, "prefill_s": 0.25},
+        **{"goal_ms": goal, **sizes},
+    }
+
+
+def test_steps_stand_beside_goals_and_the_fastest_bf16_cache_of_their_case(tmp_path: Path) -> None:
+    content = {
+        **result("m", 8, {}),
+        "command": "python -m eval.benchmark_generate --out o",
+        "labels": {"dynamic": "D", "static-compiled": "S", "quanto-4": "Q", "rotorquant-3": "R"},
+        "rows": [
+            step("dynamic", "1x4k", 8.0),
+            step("static-compiled", "1x4k", 4.0),
+            step("quanto-4", "1x4k", 1.0),
+            step("rotorquant-3", "1x4k", 5.0, 2.5),
+            step("dynamic", "8x4k", 30.0),
+            {**step("static-compiled", "8x4k", 0.0), "error": "no | memory"},
+            step("rotorquant-3", "8x4k", 10.0),
+        ],
+    }
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(content))
+    table = tables.make_table(path).splitlines()
+    assert table[2:9] == [
+        "| 1x4k | D | 8.00 | - | - | 0.250 | 3,072 | - | 5 |",
+        "| 1x4k | S | 4.00 | - | - | 0.250 | 3,072 | - | 5 |",
+        "| 1x4k | Q | 1.00 | - | 4.00x | 0.250 | 3,072 | - | 5 |",
+        "| 1x4k | R | 5.00 | 2.5 | 0.80x | 0.250 | 3,072 | - | 5 |",
+        "| 8x4k | D | 30.00 | - | - | 0.250 | 3,072 | - | 5 |",
+        "| 8x4k | S | not run: no / memory | - | - | - | - | - | - |",
+        "| 8x4k | R | 10.00 | - | 3.00x | 0.250 | 3,072 | - | 5 |",
+    ]
+    assert {line.count("|") for line in table[:9]} == {10}
+
+
+def kernel(name: str, us: float, **fields: Any) -> dict[str, Any]:
+    packed = name in ("3", "prod")
+    timing = {"us": us, "method": "cuda graph"}
+    row = {"shape": "tiny:1x1k", "attention": name, "packed": packed, "timing": timing}
+    row |= {"read_rate_percent": 50.0, "ratio": None, "byte_ceiling": None, "goal": None}
+    return {**row, "error": None, **fields}
+
+
+def test_attention_stands_beside_its_goals(tmp_path: Path) -> None:
+    content = {
+        **result("m", 8, {}),
+        "command": "python -m eval.benchmark_attention --out o",
+        "read_rate_gb_per_s": 3000.0,
+        "rows": [
+            kernel("slow", 90.0),
+            kernel("fast", 60.0),
+            kernel("broken", 0.0, timing=None, error="x"),
+            kernel("3", 30.0, ratio=2.0, byte_ceiling=5.0, goal=3.0),
+            kernel("prod", 36.0, ratio=5 / 3, byte_ceiling=4.9),
+        ],
+    }
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(content))
+    table = tables.make_table(path)
+    assert table.splitlines()[2] == (
+        "| tiny, 1x1k | 60.0 µs, 50% (fast) | 30.0 µs, 50%; 2.00x of 5.0x (goal 3.0x) "
+        "| 36.0 µs, 50%; 1.67x of 4.9x; 1.20 of MSE's time (goal 1.10) |"
+    )
+    assert "(3000 GB/s)" in table
