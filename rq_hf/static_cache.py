@@ -91,6 +91,52 @@ class RotorQuantStaticCache(RotorQuantCache):
         for layer in self.layers:
             layer.reset()
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refuses to drop tokens.
+
+        Raises:
+            ValueError: Any but 0 tokens are to be dropped.
+        """
+        # layers of the host do not know how to drop none either
+        if int(tokens_to_remove):
+            raise ValueError(
+                "a static cache drops no tokens: use RotorQuantCache for speculative decoding, or "
+                "reset()"
+            )
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Refuses to change the batch size.
+
+        Raises:
+            ValueError: `repeats` is not 1.
+        """
+        if repeats != 1:
+            raise ValueError("a static cache keeps its batch size; use RotorQuantCache")
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Puts the sequences `indices` in place of those here, see `reorder_cache`.
+
+        Args:
+            indices: Integer `[B]`, or boolean `[B]` with all of them true.
+
+        Raises:
+            ValueError: The batch size would change; the cache is as it was.
+        """
+        indices = torch.as_tensor(indices)
+        self.reorder_cache(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Puts the sequences `beam_idx`, int64 `[B]`, in place of those here.
+
+        Raises:
+            ValueError: The batch size would change; the cache is as it was.
+        """
+        # before the host's layers, which take any number, are changed
+        for layer in self.packed_layers:
+            if isinstance(layer, RotorQuantStaticLayer):
+                layer.check_indices(beam_idx)
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type] # the host's stub is narrower
+
     def to(self, device: torch.device | str) -> NoReturn:
         """Refuses to move.
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,6 @@ from torch import Tensor
 
 from rq_hf.config import RotorQuantConfig
 from rq_hf.handle import Handle
-from rq_hf.layers import RotorQuantLayer
 from rq_hf.ops import LayerView
 from rq_hf.ops.append import make_constants
 from rq_hf.ops.dispatch import MAX_QUERIES
@@ -20,14 +20,15 @@ from rq_hf.quant.preconditioning import Preconditioner
 from rq_hf.quant.rope import RopeTable
 from rq_hf.sources import PromptSource, ViewSource
 from rq_hf.static_handle import StaticHandle
-from rq_hf.static_ops import Recipe, append_, intern_recipe
+from rq_hf.static_limits import FixedLayer
+from rq_hf.static_ops import Recipe, append_, intern_recipe, recipe_of
 from rq_hf.static_store import StaticStore
 
 # statistics of fewer tokens would say more about these than about the ones to come
 MIN_STATISTICS = 32
 
 
-class RotorQuantStaticLayer(RotorQuantLayer):
+class RotorQuantStaticLayer(FixedLayer):
     """Like `RotorQuantLayer`, with room for `max_cache_len` tokens and steps of fixed calls.
 
     The prompt and later steps of several tokens are stored by the host, which waits for the
@@ -43,7 +44,6 @@ class RotorQuantStaticLayer(RotorQuantLayer):
         gives_handles: Tells whether the model's attention takes handles.
     """
 
-    is_croppable = False
     is_compileable = True
 
     def __init__(
@@ -93,7 +93,8 @@ class RotorQuantStaticLayer(RotorQuantLayer):
 
         Raises:
             ValueError: The states cannot be stored here; the layer is as it was. On a GPU a step
-                beyond `max_cache_len` tokens is not noticed.
+                beyond `max_cache_len` tokens is not noticed, and states that were packed behind a
+                prompt and were not finite are told of to the next update of several tokens.
         """
         if self._pending is not None:
             self.settle()
@@ -216,6 +217,10 @@ class RotorQuantStaticLayer(RotorQuantLayer):
         """Stores the prompt, with what has been seen of its queries, and freezes statistics.
 
         Later it finds out from the device what is stored.
+
+        Raises:
+            ValueError: On a GPU, later: keys or values of prompts were not finite; so it is until
+                `reset`.
         """
         if self._pending is None:
             if self.store is not None:
@@ -252,13 +257,15 @@ class RotorQuantStaticLayer(RotorQuantLayer):
         rope = preconditioner.rope or self._known_rope()
         recipe = Recipe(self._codec, rope, self.config.impl)
         self._recipe = intern_recipe(recipe, codec_fields(self.config))
+        # an equal one of an earlier cache may stand under that name: tables are made by object
+        recipe = recipe_of(self._recipe)
         self.static.set_statistics(preconditioner, self.padding)
         # from here on these are the tensors that steps read
-        self.preconditioner = self.static.preconditioner(rope)
+        self.preconditioner = self.static.preconditioner(recipe.rope)
         self.padding = None if self.padding is None else self.static.tensors_read.padding
         exact_keys, exact_values, records, scales = self.static.tensors_read[:4]
         make_constants(
-            self._codec,
+            recipe.codec,
             self.preconditioner,
             (exact_keys, exact_values),
             (records, scales),
@@ -340,52 +347,29 @@ class RotorQuantStaticLayer(RotorQuantLayer):
         """
         if self.store is None:
             return
-        self.settle()
-        indices = torch.as_tensor(indices).to(self.device)
+        indices = self.check_indices(indices)
+        if self._pending is not None:
+            self.settle()
+        # whole buffers, so that the device is not asked what is in use
+        self.static.reorder(indices)
+        if self.preconditioner is not None:
+            # what was made of the statistics is kept by their object
+            self.preconditioner = replace(self.preconditioner)
+
+    def check_indices(self, indices: Tensor) -> Tensor:
+        """Returns the sequences that `batch_select_indices` takes as int64 `[B]`.
+
+        Raises:
+            ValueError: The batch size would change.
+        """
+        indices = torch.as_tensor(indices)
         indices = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
+        if self.store is None:
+            return indices
         batch = self.static.tensors_read.padding.shape[0]
         if indices.shape != (batch,):
             raise ValueError(
                 f"{self.name}: a static cache keeps its batch size {batch}, got indices "
                 f"{list(indices.shape)}; use RotorQuantCache"
             )
-        self.static.reorder(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Refuses to change the batch size.
-
-        Raises:
-            ValueError: `repeats` is not 1.
-        """
-        if repeats != 1:
-            raise ValueError(
-                f"{self.name}: a static cache keeps its batch size; use RotorQuantCache"
-            )
-
-    def check_crop(self, tokens_to_remove: int) -> None:
-        """Refuses to drop tokens.
-
-        Raises:
-            ValueError: Any but 0 tokens are to be dropped.
-        """
-        if int(tokens_to_remove):
-            raise ValueError(
-                f"{self.name}: a static cache drops no tokens: use RotorQuantCache for "
-                "speculative decoding, or reset()"
-            )
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Refuses to drop tokens, see `check_crop`."""
-        self.check_crop(tokens_to_remove)
-
-    def to(self, device: torch.device | str) -> None:
-        """Refuses to move.
-
-        Raises:
-            ValueError: Always: compiled steps know the buffers by their addresses.
-        """
-        raise ValueError(f"{self.name}: the buffers of a static cache do not move; make a new one")
-
-    def offload(self) -> None:
-        """Refuses to move, see `to`."""
-        self.to("cpu")
+        return indices.to(self.device)

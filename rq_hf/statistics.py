@@ -69,8 +69,11 @@ def padding_of_mask(mask: Tensor | None, before: int) -> Tensor | None:
     """
     if mask is None:
         return None
+    if mask.is_inference():
+        # such a tensor does not count its changes
+        return _padding_of_mask(mask, before)
     global _last
-    known, version = _last, 0 if mask.is_inference() else mask._version
+    known, version = _last, mask._version
     if known is None or known[0]() is not mask or known[1:3] != (version, before):
         known = _last = weakref.ref(mask), version, before, _padding_of_mask(mask, before)
     return known[3]

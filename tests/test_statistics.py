@@ -51,7 +51,10 @@ def test_a_mask_is_looked_at_once_unless_it_changes(monkeypatch: pytest.MonkeyPa
     assert padding_of_mask(mask, 0).tolist() == [4, 0]
     assert padding_of_mask(mask[:, :, 3:], 3).tolist() == [1, 0]
     with torch.inference_mode():
-        assert padding_of_mask(causal_mask([2, 0]), 0).tolist() == [2, 0]
+        mask = causal_mask([2, 0])
+        assert padding_of_mask(mask, 0).tolist() == [2, 0]
+        mask[0, :, :, 2] = False
+        assert padding_of_mask(mask, 0).tolist() == [3, 0]
 
 
 def test_padding_adds_up_over_chunks() -> None:

@@ -110,6 +110,33 @@ def test_what_changes_tokens_or_places(model: PreTrainedModel, tmp_path: Path) -
     assert int(cache.get_seq_length()) == LENGTH
 
 
+@torch.no_grad()
+def test_refused_changes_leave_the_hosts_layers_as_they_were() -> None:
+    model = make_model("gemma3")
+    cache = static(model)
+    model(make_tokens(LENGTH, batch=2), past_key_values=cache)
+    host = [layer for layer in cache.layers if layer not in cache.packed_layers]
+    assert host and cache.packed_layers and cache.layers[0] in host
+    before = [layer.keys for layer in host]
+    for call in (
+        lambda: cache.reorder_cache(torch.tensor([1, 1, 0])),
+        lambda: cache.batch_select_indices(torch.tensor([False, True])),
+        lambda: cache.batch_repeat_interleave(2),
+    ):
+        with pytest.raises(ValueError, match="keeps its batch size"):
+            call()
+        assert all(layer.keys is keys for layer, keys in zip(host, before, strict=True))
+    with pytest.raises(ValueError, match="drops no tokens"):
+        cache.crop(-1)
+    cache.crop(0)
+    cache.batch_repeat_interleave(1)
+    cache.batch_select_indices(torch.tensor([1, 1]))
+    for layer, keys in zip(host, before, strict=True):
+        assert torch.equal(layer.keys, keys[[1, 1]])
+    for layer in cache.packed_layers:
+        assert torch.equal(layer.keys[0], layer.keys[1])
+
+
 def test_speculation(model: PreTrainedModel) -> None:
     tokens = make_tokens(20).repeat(1, 5)
     prompt = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}

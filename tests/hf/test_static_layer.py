@@ -17,6 +17,7 @@ from rq_hf.layers import RotorQuantLayer
 from rq_hf.quant.rope import RopeTable
 from rq_hf.static_handle import StaticHandle
 from rq_hf.static_layer import RotorQuantStaticLayer
+from rq_hf.static_ops import recipe_of
 
 BATCH, HEADS, GROUP, HEAD_DIM = 2, 2, 3, 64
 PADDING = 30
@@ -141,6 +142,53 @@ def test_reordered_sequences_keep_their_codes() -> None:
     tensors = pair.static.static.tensors_read
     assert torch.equal(tensors.records[0], tensors.records[1])
     assert tensors.padding.tolist() == [PADDING, PADDING]
+
+
+def test_statistics_of_reordered_sequences_are_read_anew() -> None:
+    means = pytest.importorskip("rq_hf.ops.triton.means")
+    pair = Pair(**SETTINGS["4 bits"])
+    pair.attend(150, 0)
+    layer = pair.static
+    assert layer.preconditioner is not None
+    before = means.key_mean(layer.preconditioner).balance
+    assert not torch.equal(before[0], before[1])
+    layer.reorder_cache(torch.tensor([1, 1]))
+    after = means.key_mean(layer.preconditioner).balance
+    assert torch.equal(after, before[[1, 1]])
+
+
+def test_layers_alike_read_the_tables_of_one() -> None:
+    first, second = (Pair(**SETTINGS["4 bits"]) for _ in range(2))
+    for pair in (first, second):
+        pair.attend(150, 0)
+    assert first.static.recipe == second.static.recipe
+    for layer in (first.static, second.static):
+        assert layer.preconditioner is not None and layer.preconditioner.rope is not None
+        assert layer.preconditioner.rope is recipe_of(layer.recipe).rope
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_packed_states_on_a_gpu_that_are_not_finite_stop_the_next_part(
+    which: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Tensor, "is_cuda", property(lambda tensor: True))
+    layer = RotorQuantStaticLayer(RotorQuantConfig(path="dense", **SETTINGS["4 bits"]), ROOM)
+    states = make_states(150, 0)
+    states[which][1, 1, 20, 3] = torch.nan
+    layer.update(*states)
+    # a step waits for nothing
+    layer.update(*make_states(1, 1))
+    before = [tensor.clone() for tensor in layer.static.tensors_read]
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"layer 0: {('keys', 'values')[which]} that are"):
+            layer.update(*make_states(70, 2))
+    for mine, old in zip(layer.static.tensors_read, before, strict=True):
+        torch.testing.assert_close(mine, old, rtol=0, atol=0, equal_nan=True)
+    assert int(layer.get_seq_length()) == 151
+    layer.reset()
+    for seed, tokens in enumerate((150, 1, 70)):
+        key, _ = layer.update(*make_states(tokens, seed))
+    assert key.shape[2] == 221 and bool(key.isfinite().all())
 
 
 def static_handles(padding: int, **settings: Any) -> tuple[StaticHandle, StaticHandle, int]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.compile import compile_call, outside_interpreter
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from rq_hf.ops.append import append
 from rq_hf.quant.preconditioning import Preconditioner
@@ -112,17 +113,14 @@ def test_steps_leave_what_the_reference_leaves(case: str, device: torch.device) 
     torch.testing.assert_close(actual["scales"], expected["scales"], rtol=0.1, atol=0)
 
 
-def compiled_usage(dtype: str, capability: int) -> dict[str, int]:
-    """What the kernel takes of a GPU; called where Triton does not interpret."""
-    from rq_hf.ops.triton.append import append_kernel
+def make_arguments(dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the launch passes, but for the numbers on the device, and its options."""
     from rq_hf.ops.triton.append_launch import append_arguments
 
     codec = TileCodec(128, key_bits=3, value_bits=3, rotation="hadamard")
     layout = codec.layout
-    new, exact = (
-        torch.zeros(BATCH, HEADS, n, 128, dtype=getattr(torch, dtype)) for n in (1, SINKS + 256)
-    )
-    arguments, options = append_arguments(
+    new, exact = (torch.zeros(BATCH, HEADS, n, 128, dtype=dtype) for n in (1, SINKS + 256))
+    return append_arguments(
         codec,
         make_preconditioner(torch.randn, 128, 1.0),
         new,
@@ -134,9 +132,35 @@ def compiled_usage(dtype: str, capability: int) -> dict[str, int]:
         sink_length=SINKS,
         residual_length=128,
     )
+
+
+def compiled_usage(dtype: str, capability: int) -> dict[str, int]:
+    """What the kernel takes of a GPU; called where Triton does not interpret."""
+    from rq_hf.ops.triton.append import append_kernel
+
+    arguments, options = make_arguments(getattr(torch, dtype))
     arguments |= {"LENGTH": torch.zeros(1, dtype=torch.int64), "heads": 8, "tiles": 256}
     arguments |= {"BASE": arguments["LENGTH"], "COUNTS": torch.zeros(4, dtype=torch.int32)}
     return asdict(compile_call(append_kernel, arguments, capability=capability, **options))
+
+
+def test_graphs_keep_tables_and_no_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rq_hf.ops.triton import append_launch, tables
+
+    monkeypatch.setattr(tables, "_in_graphs", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(
+        append_launch,
+        "keep_for_graphs",
+        lambda kept, device: tables.keep_for_graphs(kept, torch.device("cuda")),
+    )
+    arguments, _ = make_arguments(torch.bfloat16)
+    names = ("new_keys", "new_values", "statistics")
+    buffers = ("EXACT_KEYS", "EXACT_VALUES", "RECORDS", "SCALES", "SCRATCH")
+    read = {name: x for name, x in arguments.items() if name not in names + buffers}
+    constant = {id(x) for x in tree_leaves(read) if isinstance(x, Tensor)}
+    assert {id(x) for x in arguments["turns"][:4]} < constant
+    assert constant == set(tables._in_graphs)
 
 
 @pytest.mark.slow

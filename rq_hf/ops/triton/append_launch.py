@@ -13,6 +13,7 @@ from rq_hf.ops.triton.arguments import Statistics
 from rq_hf.ops.triton.encode_launch import codec_arguments, rows_of
 from rq_hf.ops.triton.launching import on_device
 from rq_hf.ops.triton.means import Pairing, pairs, turns
+from rq_hf.ops.triton.tables import keep_for_graphs
 from rq_hf.quant.preconditioning import Preconditioner
 from rq_hf.quant.tiles import TileCodec
 
@@ -72,14 +73,18 @@ def append_arguments(
     pairing = Pairing.of(pre.rope)
     constants, options = codec_arguments(codec, exact_values.dtype, pairing, device)
     padded = constants["shape"].padded.value
+    angles = turns(pre.rope, sink_length, records.shape[2], codec, device)
+    dims = pairs(pairing, codec.head_dim, device)[0]
+    # where they come from, those asked for last push out the others
+    keep_for_graphs((angles, dims, constants), device)
     arguments = {
         "new_keys": rows_of(key),
         "new_values": rows_of(value),
         "EXACT_KEYS": exact_keys,
         "EXACT_VALUES": exact_values,
         "statistics": Statistics(pre.pre_mean, pre.post_mean, pre.balance, pre.value_mean),
-        "turns": turns(pre.rope, sink_length, records.shape[2], codec, device),
-        "PAIRS": pairs(pairing, codec.head_dim, device)[0],
+        "turns": angles,
+        "PAIRS": dims,
         "RECORDS": records,
         "SCALES": scales,
         "SCRATCH": torch.empty(batch * heads, 2, 8 * padded, device=device),

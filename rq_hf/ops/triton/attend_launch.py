@@ -87,7 +87,7 @@ class Call:
         self.rope = pre.rope if pre is not None and sizes.splits else None
         self.pairs = 0 if self.rope is None else padded_pairs(self.rope)
         self.angles = self._angles()
-        keep_for_graphs(self.angles)
+        keep_for_graphs(self.angles, query.device)
         self.slow = self.angles is not None and self.angles.slow and not self.plain
         self.causal, self.causal_in_tiles = inputs.causal, inputs.causal_in_tiles
         self.last_seen = inputs.last_seen

@@ -126,7 +126,7 @@ class Replay:
     def run(self, inputs: Inputs) -> Tensor:
         """Launches what the call would, and returns its result."""
         query = inputs.query
-        keep_for_graphs(self._angles)
+        keep_for_graphs(self._angles, query.device)
         whole = take_memory(self._room, query.device)
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         numbers = self._numbers(inputs, whole, out)

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from scipy import special
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from rq_hf.quant.codebooks import Codebook
 from rq_hf.quant.mse_quantizer import MSEQuantizer
@@ -115,7 +117,7 @@ _ropes: dict[tuple, RopeOperands] = {}
 # a model has a table or two, a process a few models
 _MOST_ROPES = 64
 # those that CUDA graphs read, which may be run for as long as the process lives
-_in_graphs: dict[int, RopeOperands] = {}
+_in_graphs: dict[int, Tensor | RopeOperands] = {}
 
 
 def codec_tables(codec: TileCodec, device: torch.device) -> CodecTables:
@@ -142,12 +144,18 @@ def rope_operands(
     return kept
 
 
-def keep_for_graphs(operands: RopeOperands | None) -> None:
-    """Keeps tables for good if a CUDA graph is being captured, which then reads them."""
-    if operands is None or not operands.tiles.is_cuda:
+def keep_for_graphs(tables: Any, device: torch.device) -> None:
+    """Keeps tables for good if a CUDA graph is being captured, which then reads them.
+
+    Args:
+        tables: Tensors and `RopeOperands`, in tuples and dicts; all else there is passed over.
+        device: Where they are.
+    """
+    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
         return
-    if torch.cuda.is_current_stream_capturing():
-        _in_graphs[id(operands)] = operands
+    for table in tree_leaves(tables):
+        if isinstance(table, (Tensor, RopeOperands)):
+            _in_graphs[id(table)] = table
 
 
 def padded_pairs(rope: RopeTable) -> int:
