@@ -41,10 +41,17 @@ ALL_OFF = {"PADDED": False, "CAUSAL": False, "MASKED": 0, "CAPPED": False, "COUN
 ALL_ON = {"PADDED": True, "CAUSAL": True, "MASKED": 1, "CAPPED": True, "COUNTED": True}
 CODEC = {"T": 128, "KEY_BITS": 3, "VALUE_BITS": 3, "SKETCH": False, "H": 4}
 EXACT = {"N": 64, "H": 4, "PLAIN": False, "PACKED": True, "PRECONDITIONED": True}
-TURNS = {"PAIRS": 64, "TURNED": 64, "INTERLEAVED": False, "SLOW": True, "FIRST_SLOW": 16}
-PARTS = {"H": 4, "PARTS": 256, "BLOCK": 32, "PRECONDITIONED": True, "SINK": False}
+TURNS = {
+    "PAIRS": 64,
+    "TURNED": 64,
+    "INTERLEAVED": False,
+    "STEPS": 6,
+    "SLOW_WIDTH": 64,
+    "FIRST_SLOW": 20,
+}
+PARTS = {"H": 4, "ROWS": 1, "PARTS": 256, "BLOCK": 32, "PRECONDITIONED": True, "SINK": False}
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "attend_tiles": {**CODEC, **ALL_OFF, "D": 128, "PAIRS": 64, "HALVES": 5, "SLOW": True},
+    "attend_tiles": {**CODEC, **ALL_OFF, "D": 128, "PAIRS": 64, "HALVES": 5, "STEPS": 6},
     "attend_plain": {**CODEC, **ALL_OFF, "D": 80, "DP": 128, "PAIRS": 64},
     "prepare": {
         **{**EXACT, **TURNS, **ALL_OFF},
@@ -56,37 +63,46 @@ TWO = {"KEY_BITS": 2, "VALUE_BITS": 2}
 FOUR = {"KEY_BITS": 4, "VALUE_BITS": 4, "T": 64}
 SKETCH = {"KEY_BITS": 2, "SKETCH": True}
 # halves of a tile lie side by side
-NARROW = {"D": 64, "PAIRS": 32, "HALVES": 3}
-WIDE = {"D": 256, "PAIRS": 128, "HALVES": 9}
+NARROW = {"D": 64, "PAIRS": 32, "HALVES": 3, "STEPS": 3}
+WIDE = {"D": 256, "PAIRS": 128, "HALVES": 9, "STEPS": 12}
 WIDE_ROWS = {"D": 256, "DP": 256, "H": 8}
-WIDE_EXACT = {**WIDE_ROWS, "N": 32, "PAIRS": 128, "TURNED": 128, "FIRST_SLOW": 32}
+WIDE_EXACT = {
+    **WIDE_ROWS,
+    "N": 32,
+    "PAIRS": 128,
+    "TURNED": 128,
+    "FIRST_SLOW": 36,
+    "STEPS": 12,
+    "SLOW_WIDTH": 128,
+}
 
 VARIANTS: dict[str, Variant] = {
     "2 bits": Variant("attend_tiles", TWO, {90: 0}),
     # two tables in registers of every lane, for which others make room
-    "3 bits": Variant("attend_tiles", {}, {90: 8, 80: 0}),
+    "3 bits": Variant("attend_tiles", {}, {90: 32, 80: 0}),
     "4 bits": Variant("attend_tiles", FOUR, {90: 0, 80: 0}),
-    "sketch": Variant("attend_tiles", SKETCH, {90: 48}),
-    "narrow": Variant("attend_tiles", NARROW, {90: 16}),
+    "sketch": Variant("attend_tiles", SKETCH, {90: 40}),
+    "narrow": Variant("attend_tiles", NARROW, {90: 0}),
     "wide": Variant("attend_tiles", WIDE, {90: 0, 80: 0}),
-    "all on": Variant("attend_tiles", ALL_ON, {90: 0}),
-    "2 bits, 8 rows": Variant("attend_tiles", {**TWO, "H": 8}, {90: 120}),
-    "3 bits, 8 rows": Variant("attend_tiles", {"H": 8}, {90: 232}),
-    "4 bits, 8 rows": Variant("attend_tiles", {**FOUR, "H": 8}, {90: 16}),
-    "sketch, 8 rows": Variant("attend_tiles", {**SKETCH, "H": 8}, {90: 496, 80: 136}),
-    "narrow, 8 rows": Variant("attend_tiles", {**NARROW, "H": 8}, {90: 8}),
-    "wide, 8 rows": Variant("attend_tiles", {**WIDE, "H": 8}, {90: 144}),
-    "all on, 8 rows": Variant("attend_tiles", {**ALL_ON, "H": 8}, {90: 72, 80: 152}),
-    "prepare": Variant("prepare", {}, {90: 0, 80: 0}),
+    "all on": Variant("attend_tiles", ALL_ON, {90: 40}),
+    "2 bits, 8 rows": Variant("attend_tiles", {**TWO, "H": 8}, {90: 8}),
+    "3 bits, 8 rows": Variant("attend_tiles", {"H": 8}, {90: 40}),
+    "4 bits, 8 rows": Variant("attend_tiles", {**FOUR, "H": 8}, {90: 0}),
+    "sketch, 8 rows": Variant("attend_tiles", {**SKETCH, "H": 8}, {90: 56, 80: 0}),
+    "narrow, 8 rows": Variant("attend_tiles", {**NARROW, "H": 8}, {90: 0}),
+    "wide, 8 rows": Variant("attend_tiles", {**WIDE, "H": 8}, {90: 184}),
+    "all on, 8 rows": Variant("attend_tiles", {**ALL_ON, "H": 8}, {90: 72, 80: 0}),
+    "prepare": Variant("prepare", {}, {90: 0, 80: 8}),
     # rows of 256 numbers are rotated whole, once a call
     "prepare, wide": Variant(
-        "prepare", {**WIDE_EXACT, **ALL_ON, "SKETCH": True, "HAS_LOW": True}, {90: 280}
+        "prepare", {**WIDE_EXACT, **ALL_ON, "SKETCH": True, "HAS_LOW": True}, {90: 272}
     ),
     "combine": Variant("combine", {}, {90: 0, 80: 0}),
+    "combine, all rows": Variant("combine", {"ROWS": 4, "PARTS": 16, "BLOCK": 8}, {90: 0}),
     "combine, wide": Variant(
         "combine",
         {**WIDE_ROWS, "PARTS": 512, "BLOCK": 32, "SINK": True, "HAS_LOW": True},
-        {90: 8, 80: 0},
+        {90: 0, 80: 8},
     ),
     "plain": Variant("attend_plain", {}, {90: 32, 80: 0}),
     # sums of 16 rows of up to 256 numbers, for sizes that few models have
@@ -98,7 +114,7 @@ VARIANTS: dict[str, Variant] = {
 }
 FLOATS = {"score_factor", "cap", "key_step", "value_step"}
 POINTERS = {
-    "fp16": {"SCALES", "ROPE", "KEY_ROTATION", "VALUE_ROTATION", "SKETCHED", "TURNED_TERMS"},
+    "fp16": {"SCALES", "ROPE", "KEY_ROTATION", "VALUE_ROTATION", "SKETCHED", "TERMS", "SLOW_COEF"},
     "bf16": {"QUERY", "SINK_KEY", "SINK_VALUE", "KEY0", "VALUE0", "KEY1", "VALUE1", "OUT"},
     "i1": {"MASK"},
     "i8": {"ROWS8"},

@@ -27,7 +27,7 @@ from rq_hf.ops.triton.workspace import Sizes, Workspace
 from rq_hf.ops.view import ExactRows, LayerView
 
 _LOG2E = math.log2(math.e)
-# parts that `combine` adds up at a time
+# rows of partial results that `combine` adds up at a time
 _PARTS_AT_ONCE = 32
 
 
@@ -88,7 +88,8 @@ class Call:
         self.pairs = 0 if self.rope is None else padded_pairs(self.rope)
         self.angles = self._angles()
         keep_for_graphs(self.angles, query.device)
-        self.slow = self.angles is not None and self.angles.slow and not self.plain
+        # groups of slow pairs; the plain kernel takes all pairs alike
+        self.steps = 0 if self.angles is None or self.plain else self.angles.steps
         self.causal, self.causal_in_tiles = inputs.causal, inputs.causal_in_tiles
         self.last_seen = inputs.last_seen
         mask = inputs.mask
@@ -102,7 +103,7 @@ class Call:
             self.dim,
             sides=2 if self.sketch else 1,
             pairs=self.pairs,
-            slow=self.slow,
+            steps=self.steps,
             plain=self.plain,
             device=query.device,
         )
@@ -133,10 +134,9 @@ class Call:
         piece0, piece1 = (*recent, none, none)[:2]
         index0 = view.sinks.keys.shape[2] + view.packed_length
         half = some.dtype == first.keys.dtype != torch.float32 and not interpreting()
-        blocks = -(-sizes.rows // 16) * -(-sizes.tiles // 16) if self.slow else 0
         return Launch(
             prepare,
-            (1 + sizes.chunks + -(-blocks // sizes.units), sizes.units),
+            (1 + sizes.chunks, sizes.units),
             (
                 some,
                 some if pre is None else pre.balance,
@@ -145,7 +145,6 @@ class Call:
                 some if pre is None else pre.pre_mean,
                 some if pre is None else pre.post_mean,
                 some if angles is None else angles.origin,
-                some if angles is None else angles.turned_terms,
                 some if view.padding is None else view.padding,
                 first.keys,
                 first.values,
@@ -160,7 +159,7 @@ class Call:
                 space.rows,
                 space.coef,
                 space.constant,
-                space.basis,
+                space.slow_coef,
                 space.partial,
                 space.weight,
                 *some.stride()[:3],
@@ -176,9 +175,6 @@ class Call:
                 sizes.kv_heads,
                 sizes.group,
                 sizes.queries,
-                sizes.units,
-                sizes.tiles,
-                0 if angles is None else angles.turned_terms.shape[-1],
                 sizes.splits,
                 sizes.parts,
                 self.last_seen,
@@ -196,14 +192,15 @@ class Call:
                 "SKETCH": self.sketch,
                 "PLAIN": self.plain,
                 "PACKED": sizes.splits > 0,
-                "SLOW": self.slow,
                 "PRECONDITIONED": pre is not None,
                 "PADDED": view.padding is not None,
                 "CAUSAL": self.causal,
                 "MASKED": self.masked,
                 "CAPPED": self.cap > 0,
                 "COMPUTE": _triton_type(first.keys.dtype) if half else tl.float32,
-                "FIRST_SLOW": angles.first_slow if angles is not None and self.slow else 0,
+                "FIRST_SLOW": 0 if angles is None else 4 * angles.halves,
+                "STEPS": self.steps,
+                "SLOW_WIDTH": triton.next_power_of_2(8 * self.steps),
                 "HAS_LOW": self.tables.key_rotation.has_low,
                 "COUNTED": view.counts is not None,
             },
@@ -226,8 +223,9 @@ class Call:
                 space.row_scales,
                 space.coef,
                 space.constant,
-                space.basis,
+                space.slow_coef,
                 some if angles is None else angles.operands,
+                some if angles is None else angles.turned_terms,
                 *self._common_arguments(),
                 tables.key_step,
                 tables.value_step,
@@ -239,7 +237,7 @@ class Call:
                 "D": self.dim,
                 **self._codec_constants(),
                 "HALVES": 0 if angles is None else angles.halves,
-                "SLOW": self.slow,
+                "STEPS": self.steps,
                 **self._mask_constants(),
             },
             num_warps=1,
@@ -287,7 +285,6 @@ class Call:
             *view.scales.stride()[:2],
             *self.mask_strides,
             view.packed_length,
-            sizes.tiles,
             sizes.splits,
             sizes.parts,
             view.packed_start,
@@ -321,9 +318,11 @@ class Call:
         """Merges all parts, and logits that have no value, and turns packed sums back."""
         sizes, pre, space = self.sizes, self.view.preconditioner, self.space
         parts = triton.next_power_of_2(sizes.parts)
+        rows = sizes.combined_rows
+        block = max(16 // rows, min(parts, _PARTS_AT_ONCE // rows))
         return Launch(
             combine,
-            (sizes.units, sizes.block),
+            (sizes.units, sizes.block // rows),
             (
                 space.partial,
                 space.weight,
@@ -341,8 +340,9 @@ class Call:
                 "D": self.dim,
                 "DP": self.width,
                 "H": sizes.block,
+                "ROWS": rows,
                 "PARTS": max(16, parts),
-                "BLOCK": max(16, min(parts, _PARTS_AT_ONCE)),
+                "BLOCK": block,
                 "PACKED": sizes.splits > 0,
                 "PRECONDITIONED": pre is not None,
                 "SINK": self.logits is not None,

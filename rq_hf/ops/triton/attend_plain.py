@@ -30,7 +30,6 @@ def codes(RECORD, group, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.co
 # numbers that change from step to step: a kernel compiled anew for some would stall generation
 VARYING = (
     "tokens",
-    "capacity",
     "splits",
     "parts",
     "first_token",
@@ -66,7 +65,6 @@ def attend_plain(
     mask_query,
     mask_token,
     tokens,
-    capacity,
     splits,
     parts,
     first_token,

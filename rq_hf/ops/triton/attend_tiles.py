@@ -13,78 +13,30 @@ Padding columns cost nothing: a product has at least 8 columns, for 4 rows of qu
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from rq_hf.ops.triton.mean_term import mean_products
 from rq_hf.ops.triton.operands import in_lanes, operands, operands_1
-
-
-@gluon.jit
-def load_once(pointer):
-    """Words that nobody reads again: what all tiles share is to stay in the caches."""
-    return gl.load(pointer, eviction_policy="evict_first")
-
-
-@gluon.jit
-def load_words(
-    pointer, offsets, PLANE: gl.constexpr, BITS: gl.constexpr
-):  # three planes for 3 bits, else one and two stand-ins
-    first = load_once(pointer + offsets)
-    if BITS == 3:
-        second = load_once(pointer + offsets + PLANE)
-        return first, second, load_once(pointer + offsets + 2 * PLANE)
-    else:
-        return first, first, first
-
-
-@gluon.jit
-def stack_halves(lower, upper, ROWS: gl.constexpr, COLUMNS: gl.constexpr, M: gl.constexpr):
-    """[ROWS, COLUMNS] twice -> [2 ROWS, COLUMNS]: tokens of a tile with halves side by side."""
-    stacked = gl.permute(gl.join(lower, upper), [2, 0, 1])
-    return gl.convert_layout(gl.reshape(stacked, [2 * ROWS, COLUMNS]), M)
-
-
-@gluon.jit
-def block_products(
-    k0, k1, k2, k3, q0, q1, q2, q3, start, FOUR: gl.constexpr, JOINED: gl.constexpr, M: gl.constexpr
-):
-    """Integer products [T, 2H] of a block of columns, added to `start`."""
-    if JOINED:
-        lower = mma_v2(k1, q1, mma_v2(k0, q0, start))
-        upper = mma_v2(k3, q1, mma_v2(k2, q0, start))
-        return stack_halves(lower, upper, start.shape[0], start.shape[1], M)
-    elif FOUR:
-        products = mma_v2(k1, q1, mma_v2(k0, q0, start))
-        return mma_v2(k3, q3, mma_v2(k2, q2, products))
-    else:
-        return mma_v2(k1, q1, mma_v2(k0, q0, start))
-
-
-@gluon.jit
-def high_low(products, ROWS: gl.constexpr, H: gl.constexpr):
-    """[ROWS, 2H] products with high and low bytes -> [ROWS, H] with 16-bit integers, float32."""
-    high, low = gl.split(gl.reshape(products, [ROWS, H, 2]))
-    return (high * 256 + low).to(gl.float32)
-
-
-@gluon.jit
-def load_scales(pointer, offset, T: gl.constexpr, LAYOUT: gl.constexpr):
-    """Scales of a tile in the order of its tokens, [T] float32."""
-    scales = gl.reshape(gl.permute(gl.load(pointer + offset), [1, 0]), [T])
-    return gl.convert_layout(scales, LAYOUT).to(gl.float32)
-
-
-@gluon.jit
-def load_rows(pointer, row, width: gl.constexpr, stride: gl.constexpr, B: gl.constexpr):
-    """int8 operand [width, 2H] of query rows that lie `stride` apart."""
-    place = gl.arange(0, width, layout=gl.SliceLayout(1, B))[:, None]
-    return gl.load(pointer + row[None, :] * stride + place)
-
+from rq_hf.ops.triton.tile_loads import (
+    ask_for_angles,
+    ask_for_coefficients,
+    ask_for_scales,
+    ask_for_terms,
+    ask_for_words,
+    barrier,
+    load_once,
+    load_rows,
+    load_words,
+    make_stage,
+    make_words,
+    staged_scales,
+    staged_words,
+)
+from rq_hf.ops.triton.tile_products import block_products, high_low
 
 # numbers that change from step to step: a kernel compiled anew for some would stall generation
 VARYING = (
     "tokens",
-    "capacity",
     "splits",
     "parts",
     "first_token",
@@ -103,8 +55,9 @@ def attend_tiles(
     ROW_SCALES,
     COEF,
     CONSTANT,
-    BASIS,
+    SLOW_COEF,
     ROPE,
+    TERMS,
     ANGLES,
     PADDING,
     MASK,
@@ -120,7 +73,6 @@ def attend_tiles(
     mask_query,
     mask_token,
     tokens,
-    capacity,
     splits,
     parts,
     first_token,
@@ -147,7 +99,7 @@ def attend_tiles(
     H: gl.constexpr,
     PAIRS: gl.constexpr,
     HALVES: gl.constexpr,
-    SLOW: gl.constexpr,
+    STEPS: gl.constexpr,
     PADDED: gl.constexpr,
     CAUSAL: gl.constexpr,
     MASKED: gl.constexpr,
@@ -163,14 +115,14 @@ def attend_tiles(
         ROW_SCALES: float32 [B Hk, blocks, 1 or 2, H]: steps of these integers.
         COEF: float32 [B Hk, blocks, 2, H, PAIRS], see `mean_products`.
         CONSTANT: float32 [B Hk, blocks, H], added to all scores of a row.
-        BASIS: float32 [B Hk, blocks, capacity, H, 8], see `mean_products`.
+        SLOW_COEF: float16 [B Hk, blocks, STEPS, 2H, 16], see `mean_products`.
+        ROPE, TERMS, ANGLES: See `tables.RopeOperands`: `operands`, `turned_terms`, `tiles`.
         PADDING: int64 [B]; that many first packed tokens are hidden.
         MASK: bool (MASKED = 1) or float (2) [B, Hq, L, N] with the strides `mask_...`.
         COUNTS: int32 [4], see `LayerView.counts`; in place of `tokens` and `first_token` (COUNTED).
         PARTIAL: float32 [B Hk, blocks, parts, H, D].
         WEIGHT: float32 [B Hk, blocks, parts, H, 2]: maximum (base 2) and sum.
         tokens: Packed tokens.
-        capacity: Tiles that there is room for.
         first_token: Index of the first packed token in the sequence.
         last_seen: Index of the last packed token that the first query may see (CAUSAL).
         key_step, value_step: Steps of the integer levels.
@@ -185,6 +137,8 @@ def attend_tiles(
     LOAD: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [1, 1], [1, 0])
     LN: gl.constexpr = gl.BlockedLayout([1, T // 8], [8, 4], [1, 1], [1, 0])
     WIDE: gl.constexpr = D == 256
+    # where registers are short, words wait in shared memory
+    STAGED: gl.constexpr = WIDE or H == 8
     JOINED: gl.constexpr = D == 64 and KEY_BITS != 4
     SIGN_JOINED: gl.constexpr = D == 64
     KEY_BLOCKS: gl.constexpr = 2 if WIDE else 1
@@ -239,9 +193,30 @@ def attend_tiles(
     records = RECORDS + batch * record_batch + kv_head * record_head
     scales = SCALES + batch * scale_batch + kv_head * scale_head
 
-    # words of the next tile are loaded as soon as those of this one are used
-    here = records + gl.maximum(gl.minimum(start, tiles - 1), 0).to(gl.int64) * RECORD
-    if not WIDE:
+    first = gl.maximum(gl.minimum(start, tiles - 1), 0).to(gl.int64)
+    stage, stage_angles, stage_terms, slow_coef = make_stage(SCALE_ROWS, T, H, PAIRS, STEPS)
+    ask_for_scales(stage, 0, scales + first * (SCALE_ROWS * T), SCALE_ROWS, T)
+    if PAIRS > 0:
+        ask_for_angles(stage_angles, 0, ANGLES + first * (2 * PAIRS), PAIRS)
+    if STEPS > 0:
+        ask_for_terms(stage_terms, 0, TERMS + first * (STEPS * 256), STEPS)
+        ask_for_coefficients(slow_coef, SLOW_COEF + unit * (STEPS * 32 * H), H, STEPS)
+    async_copy.commit_group()
+    here = records + first * RECORD
+    if STAGED:
+        key_words = make_words(KEY_BLOCKS, KEY_PLANES, KEY_LOAD)
+        value_words = make_words(KEY_BLOCKS, VALUE_PLANES, VALUE_LOAD)
+        key_block: gl.constexpr = KEY_PLANES * KEY_LOAD
+        ask_for_words(key_words, here + key_at, KEY_BLOCKS, key_block, KEY_PLANES, KEY_LOAD)
+        if SKETCH:
+            sign_words = make_words(KEY_BLOCKS, 1, SIGN_LOAD)
+            ask_for_words(sign_words, here + sign_at, KEY_BLOCKS, SIGN_LOAD, 1, SIGN_LOAD)
+        async_copy.commit_group()
+        ask_for_words(
+            value_words, here + value_at, KEY_BLOCKS, VALUE_LOAD, VALUE_PLANES, VALUE_PLANE
+        )
+        async_copy.commit_group()
+    else:
         k0w, k1w, k2w = load_words(here, key_at, KEY_LOAD, KEY_BITS)
         v0w, v1w, v2w = load_words(here, value_at, VALUE_PLANE, VALUE_BITS)
         if SKETCH:
@@ -281,10 +256,6 @@ def attend_tiles(
     S: gl.constexpr = half0.type.layout
     half2, half3 = gl.split(gl.reshape(zero_values, [VALUE_ROWS, H, 2]))
     O: gl.constexpr = half2.type.layout
-    scale_at = (
-        gl.arange(0, 8, layout=gl.SliceLayout(1, LN))[:, None] * (T // 8)
-        + gl.arange(0, T // 8, layout=gl.SliceLayout(0, LN))[None, :]
-    )
     row = gl.arange(0, H, layout=gl.SliceLayout(0, S))
     token = gl.arange(0, T, layout=gl.SliceLayout(1, S))
     row_scale = gl.load(ROW_SCALES + unit * (SIDES * H) + row) * key_step
@@ -318,13 +289,24 @@ def attend_tiles(
     out1 = out0
 
     for tile in range(start, stop):
-        here = records + tile.to(gl.int64) * RECORD
-        after = records + gl.minimum(tile + 1, stop - 1).to(gl.int64) * RECORD
-        scale_of = scales + tile.to(gl.int64) * (SCALE_ROWS * T)
-        key_scale = load_scales(scale_of, scale_at, T, gl.SliceLayout(1, S))
-        value_scale = load_scales(scale_of + T, scale_at, T, gl.SliceLayout(1, S))
-        if WIDE:
-            k0w, k1w, k2w = load_words(here, key_at, KEY_LOAD, KEY_BITS)
+        next_tile = gl.minimum(tile + 1, stop - 1).to(gl.int64)
+        after = records + next_tile * RECORD
+        half = (tile - start) & 1
+        # of what is under way, only the values' words may be missing now
+        async_copy.wait_group(1 if STAGED else 0)
+        # copies of other lanes are to be seen, and what is overwritten has been read
+        barrier()
+        ask_for_scales(stage, 1 - half, scales + next_tile * (SCALE_ROWS * T), SCALE_ROWS, T)
+        if PAIRS > 0:
+            ask_for_angles(stage_angles, 1 - half, ANGLES + next_tile * (2 * PAIRS), PAIRS)
+        if STEPS > 0:
+            ask_for_terms(stage_terms, 1 - half, TERMS + next_tile * (STEPS * 256), STEPS)
+        if not STAGED:
+            async_copy.commit_group()
+        key_scale = staged_scales(stage, half * SCALE_ROWS, T, LN, gl.SliceLayout(1, S))
+        value_scale = staged_scales(stage, half * SCALE_ROWS + 1, T, LN, gl.SliceLayout(1, S))
+        if STAGED:
+            k0w, k1w, k2w = staged_words(key_words, 0, KEY_PLANES, LOAD)
         c0, c1, c2, c3 = operands(
             k0w, k1w, k2w, k0_, k1_, k2_, k3_, KEY_ROWS, KEY_WIDTH, KEY_BITS, A
         )
@@ -332,18 +314,18 @@ def attend_tiles(
             c0, c1, c2, c3, q0, q1, q2, q3, start_products, KEY_FOUR, JOINED, M
         )
         if WIDE:
-            k0w, k1w, k2w = load_words(here + KEY_WORDS // 2, key_at, KEY_LOAD, KEY_BITS)
+            k0w, k1w, k2w = staged_words(key_words, 1, KEY_PLANES, LOAD)
             c0, c1, c2, c3 = operands(
                 k0w, k1w, k2w, k0_, k1_, k2_, k3_, KEY_ROWS, KEY_WIDTH, KEY_BITS, A
             )
             products = block_products(c0, c1, c2, c3, q4, q5, q6, q7, products, KEY_FOUR, JOINED, M)
-        else:
+        if not STAGED:
             k0w, k1w, k2w = load_words(after, key_at, KEY_LOAD, KEY_BITS)
         score = high_low(products, T, H) * (key_scale[:, None] * row_scale[None, :])
         if SKETCH:
-            sign_scale_of = load_scales(scale_of + 2 * T, scale_at, T, gl.SliceLayout(1, S))
-            if WIDE:
-                sw = load_once(here + sign_at)
+            sign_scale_of = staged_scales(stage, half * SCALE_ROWS + 2, T, LN, gl.SliceLayout(1, S))
+            if STAGED:
+                sw = sign_words.index(0).load(LOAD)
             c0, c1, c2, c3 = operands_1(sw, 0xFF01, T // 2 if SIGN_JOINED else T, A)
             signed = block_products(
                 c0,
@@ -360,17 +342,33 @@ def attend_tiles(
                 M,
             )
             if WIDE:
-                sw = load_once(here + sign_at + SIGN_WORDS // 2)
+                sw = sign_words.index(1).load(LOAD)
                 c0, c1, c2, c3 = operands_1(sw, 0xFF01, T, A)
                 signed = block_products(c0, c1, c2, c3, z4, z5, z6, z7, signed, True, False, M)
-            else:
+            if not STAGED:
                 sw = load_once(after + sign_at)
             score += high_low(signed, T, H) * (sign_scale_of[:, None] * sign_scale[None, :])
+        if STAGED:
+            ask_for_words(key_words, after + key_at, KEY_BLOCKS, key_block, KEY_PLANES, KEY_LOAD)
+            if SKETCH:
+                ask_for_words(sign_words, after + sign_at, KEY_BLOCKS, SIGN_LOAD, 1, SIGN_LOAD)
+            async_copy.commit_group()
         if PAIRS > 0:
             coef = COEF + unit * (2 * H * PAIRS)
-            basis = BASIS + (unit * capacity + tile) * (H * 8)
             of_mean = mean_products(
-                ROPE, ANGLES, coef, basis, start_mean, tile, T, H, PAIRS, HALVES, SLOW, M
+                ROPE,
+                coef,
+                stage_angles,
+                stage_terms,
+                slow_coef,
+                half,
+                start_mean,
+                T,
+                H,
+                PAIRS,
+                HALVES,
+                STEPS,
+                M,
             )
             high, low = gl.split(gl.reshape(of_mean, [T, H, 2]))
             score += high + low
@@ -429,15 +427,16 @@ def attend_tiles(
             start_values = zero_values + gl.convert_layout(sums, gl.SliceLayout(0, M))[None, :]
         shrink_out = gl.convert_layout(shrink, gl.SliceLayout(0, O))
         step = gl.convert_layout(peak, gl.SliceLayout(0, O)) * (value_step / 32512.0)
-        if WIDE:
-            v0w, v1w, v2w = load_words(here, value_at, VALUE_PLANE, VALUE_BITS)
+        if STAGED:
+            async_copy.wait_group(1)
+            v0w, v1w, v2w = staged_words(value_words, 0, VALUE_PLANES, LOAD)
         c0, c1, c2, c3 = operands(
             v0w, v1w, v2w, v0_, v1_, v2_, v3_, VALUE_ROWS, VALUE_WIDTH, VALUE_BITS, A
         )
         summed = block_products(c0, c1, c2, c3, p0, p1, p2, p3, start_values, VALUE_FOUR, False, M)
         out0 = out0 * shrink_out[None, :] + high_low(summed, VALUE_ROWS, H) * step[None, :]
         if WIDE:
-            v0w, v1w, v2w = load_words(here + VALUE_LOAD, value_at, VALUE_PLANE, VALUE_BITS)
+            v0w, v1w, v2w = staged_words(value_words, 1, VALUE_PLANES, LOAD)
             c0, c1, c2, c3 = operands(
                 v0w, v1w, v2w, v0_, v1_, v2_, v3_, VALUE_ROWS, VALUE_WIDTH, VALUE_BITS, A
             )
@@ -445,6 +444,11 @@ def attend_tiles(
                 c0, c1, c2, c3, p0, p1, p2, p3, start_values, VALUE_FOUR, False, M
             )
             out1 = out1 * shrink_out[None, :] + high_low(summed, VALUE_ROWS, H) * step[None, :]
+        if STAGED:
+            ask_for_words(
+                value_words, after + value_at, KEY_BLOCKS, VALUE_LOAD, VALUE_PLANES, VALUE_PLANE
+            )
+            async_copy.commit_group()
         else:
             v0w, v1w, v2w = load_words(after, value_at, VALUE_PLANE, VALUE_BITS)
 

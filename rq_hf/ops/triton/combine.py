@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The last launch: merges partial results, turns packed sums back, adds the mean value (Triton).
 
-One program takes one row. Sums over its parts, and their rotation, are products of matrices with 16
-rows, of which few are used: threads that add up numbers of one another would wait for longer.
+A program takes one row of a unit, or all of them where programs are many. Sums over parts, and
+their rotation, are products of matrices with 16 rows, of which few are used: threads that add up
+numbers of one another would wait for longer.
 """
 
 import triton
@@ -15,21 +16,56 @@ VARYING = ("kv_heads", "group", "queries", "splits", "parts")
 
 
 @triton.jit
-def factors(highest, maximum, part, splits, parts):
-    """What parts are multiplied by, [16, n]: packed ones in row 0, exact ones in row 1."""
-    factor = tl.where(part < parts, tl.exp2(highest - maximum), 0.0)
-    r = tl.arange(0, 16)[:, None]
-    mine = ((r == 0) & (part < splits)[None, :]) | ((r == 1) & (part >= splits)[None, :])
-    return tl.where(mine, factor[None, :], 0.0)
-
-
-@triton.jit
 def load_matrix(MATRIX, first, D: tl.constexpr, DP: tl.constexpr, WIDTH: tl.constexpr):
     """Columns `first` to `first + WIDTH - 1`, float16 [DP, WIDTH]."""
     k = tl.arange(0, DP)
     column = first + tl.arange(0, WIDTH)
     inside = (k < D)[:, None] & (column < D)[None, :]
     return tl.load(MATRIX + k[:, None] * D + column[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def add_parts(
+    PARTIAL,
+    WEIGHT,
+    maximum,
+    splits,
+    parts,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    H: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Sums of packed and of exact parts of ROWS rows, float32 [16, DP], the latter from row 8 on.
+
+    Args:
+        PARTIAL: Part 0 of the first row.
+        WEIGHT: Maximum of part 0 of the first row.
+        maximum: float32 [ROWS], what weights are relative to.
+        BLOCK: How many parts are added up at a time.
+    """
+    d = tl.arange(0, DP)
+    r = tl.arange(0, 16)
+    n = tl.arange(0, BLOCK * ROWS)
+    mine = (n % ROWS)[None, :] == tl.arange(0, ROWS)[:, None]
+    maximum = tl.sum(tl.where(mine, maximum[:, None], 0.0), 0)
+    sums = tl.zeros([16, DP], tl.float32)
+    for at in range(0, parts, BLOCK):
+        part = at + n // ROWS
+        known = part < parts
+        place = part.to(tl.int64) * H + n % ROWS
+        highest = tl.load(WEIGHT + place * 2, mask=known, other=LOWEST)
+        partial = tl.load(
+            PARTIAL + place[:, None] * D + d[None, :],
+            mask=known[:, None] & (d < D)[None, :],
+            other=0.0,
+        )
+        factor = tl.where(known, tl.exp2(highest - maximum), 0.0)
+        row = n % ROWS + tl.where(part < splits, 0, 8)
+        factor = tl.where(r[:, None] == row[None, :], factor[None, :], 0.0)
+        sums = tl.dot(factor, partial, sums, input_precision="tf32x3")
+    return sums
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -48,6 +84,7 @@ def combine(
     D: tl.constexpr,
     DP: tl.constexpr,
     H: tl.constexpr,
+    ROWS: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
     PACKED: tl.constexpr,
@@ -55,7 +92,7 @@ def combine(
     SINK: tl.constexpr,
     HAS_LOW: tl.constexpr,
 ):
-    """Grid: (units, H).
+    """Grid: (units, H / ROWS).
 
     Args:
         PARTIAL: float32 [units, parts, H, D]; the first `splits` parts in rotated coordinates.
@@ -63,61 +100,53 @@ def combine(
         VALUE_ROTATION: float16 [2, D, D], `tables.Matrix.parts`, with its factor of sqrt(D).
         SINK_LOGITS: float32 [Hq], logits without a value (SINK).
         OUT: [B, Hq, L, D].
+        ROWS: Rows of a program.
         PARTS: `parts` as a power of two.
         BLOCK: How many of them are added up at a time.
         PACKED: Whether there are packed parts.
     """
     unit = tl.program_id(0)
-    in_unit = tl.program_id(1)
+    first_row = tl.program_id(1) * ROWS
     blocks = (group * queries + H - 1) // H
     head = unit // blocks
-    row = (unit % blocks) * H + in_unit
-    if row >= group * queries:
-        return
-    query_head = (head % kv_heads) * group + row // queries
+    first_of_head = (unit % blocks) * H + first_row
     # half of the columns of a wide matrix at a time, for them to fit on the chip
     WIDTH: tl.constexpr = 128 if DP > 128 else DP
 
     d = tl.arange(0, DP)
-    real = d < D
     part = tl.arange(0, PARTS)
-    first = unit.to(tl.int64) * parts * H + in_unit
-    weight_at = WEIGHT + (first + part * H) * 2
-    highest = tl.load(weight_at, mask=part < parts, other=LOWEST)
-    shares = tl.load(weight_at + 1, mask=part < parts, other=0.0)
+    known = (part < parts)[None, :]
+    first = unit.to(tl.int64) * parts * H + first_row
+    weights_at = WEIGHT + first * 2
+    weight_at = weights_at + (tl.arange(0, ROWS)[:, None] + part[None, :] * H) * 2
+    highest = tl.load(weight_at, mask=known, other=LOWEST)
+    shares = tl.load(weight_at + 1, mask=known, other=0.0)
     # asked for now, so that it is there when the sums are
     if PACKED:
         matrix = load_matrix(VALUE_ROTATION, 0, D, DP, WIDTH)
     if PACKED and PRECONDITIONED:
-        mean = tl.load(VALUE_MEAN + head.to(tl.int64) * D + d, mask=real, other=0.0)
+        mean = tl.load(VALUE_MEAN + head.to(tl.int64) * D + d, mask=d < D, other=0.0)
 
-    maximum = tl.max(highest, 0)
+    maximum = tl.max(highest, 1)
     if SINK:
-        logit = tl.load(SINK_LOGITS + query_head).to(tl.float32) * LOG2E
+        row = tl.minimum(first_of_head + tl.arange(0, ROWS), group * queries - 1)
+        logit = tl.load(SINK_LOGITS + (head % kv_heads) * group + row // queries)
+        logit = logit.to(tl.float32) * LOG2E
         maximum = tl.maximum(maximum, logit)
-    weights = tl.where(part < parts, tl.exp2(highest - maximum), 0.0) * shares
-    total = tl.sum(weights, 0)
+    weights = tl.where(known, tl.exp2(highest - maximum[:, None]), 0.0) * shares
+    total = tl.sum(weights, 1)
     if SINK:
         total += tl.exp2(logit - maximum)
     # a row with everything hidden gives 0
     normal = tl.where(total > 0, 1 / total, 0.0)
 
-    sums = tl.zeros([16, DP], tl.float32)
-    for at in range(0, parts, BLOCK):
-        some = at + tl.arange(0, BLOCK)
-        known = some < parts
-        some_highest = tl.load(WEIGHT + (first + some * H) * 2, mask=known, other=LOWEST)
-        place = (first + some.to(tl.int64) * H)[:, None] * D + d[None, :]
-        partial = tl.load(PARTIAL + place, mask=known[:, None] & real[None, :], other=0.0)
-        factor = factors(some_highest, maximum, some, splits, parts)
-        sums = tl.dot(factor, partial, sums, input_precision="tf32x3")
-
+    sums = add_parts(PARTIAL + first * D, weights_at, maximum, splits, parts, D, DP, H, ROWS, BLOCK)
     r = tl.arange(0, 16)[:, None]
-    out = tl.sum(tl.where(r == 1, sums, 0.0), 0)
+    out = eight_rows(tl.where(r >= 8, sums, 0.0))
     if PACKED:
         # x = R^T y: columns of the product are columns of R
-        packed = tl.where(r == 0, sums, 0.0)
-        peak = tl.maximum(tl.max(tl.max(tl.abs(packed), 1), 0), 1e-30)
+        packed = tl.where(r < 8, sums, 0.0)
+        peak = tl.maximum(tl.max(tl.abs(packed), 1), 1e-30)[:, None]
         packed /= peak
         high = packed.to(tl.float16)
         low = (packed - high.to(tl.float32)).to(tl.float16)
@@ -126,12 +155,32 @@ def combine(
             other = load_matrix(VALUE_ROTATION, WIDTH, D, DP, WIDTH)
             right = turn(high, low, other, VALUE_ROTATION, WIDTH, D, DP, WIDTH, HAS_LOW)
             turned = tl.reshape(tl.permute(tl.join(turned, right), [0, 2, 1]), [16, DP])
-        out += tl.sum(turned, 0) * (peak * (1.0 / D**0.5))
+        out += eight_rows(turned * (peak * (1.0 / D**0.5)))
         if PRECONDITIONED:
-            out += mean * tl.sum(tl.where(part < splits, weights, 0.0), 0)
-    out *= normal
-    out_at = OUT + ((head // kv_heads).to(tl.int64) * (kv_heads * group) + query_head) * queries * D
-    tl.store(out_at + (row % queries) * D + d, out.to(OUT.dtype.element_ty), mask=real)
+            of_packed = tl.sum(tl.where((part < splits)[None, :], weights, 0.0), 1)
+            out += in_rows(of_packed, ROWS)[:, None] * mean[None, :]
+    out *= in_rows(normal, ROWS)[:, None]
+    in_unit = tl.arange(0, 8)
+    row = first_of_head + in_unit
+    query_head = (head % kv_heads) * group + row // queries
+    batch = (head // kv_heads).to(tl.int64)
+    row_at = (batch * (kv_heads * group) + query_head) * queries + row % queries
+    real = ((in_unit < ROWS) & (row < group * queries))[:, None] & (d < D)[None, :]
+    out_at = OUT + row_at[:, None] * D + d[None, :]
+    tl.store(out_at, out.to(OUT.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def eight_rows(x):
+    """x [16, n], of which eight rows are zero, as [8, n]."""
+    return tl.sum(tl.reshape(x, [2, 8, x.shape[1]]), 0)
+
+
+@triton.jit
+def in_rows(x, ROWS: tl.constexpr):
+    """x [ROWS] as the first of 8 numbers."""
+    mine = tl.arange(0, 8)[:, None] == tl.arange(0, ROWS)[None, :]
+    return tl.sum(tl.where(mine, x[None, :], 0.0), 1)
 
 
 @triton.jit

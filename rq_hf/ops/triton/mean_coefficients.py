@@ -10,20 +10,22 @@ import triton.language as tl
 
 
 @triton.jit
-def store_coefficients(
+def coefficients(
     queries_at,
     exists,
     PRE,
     ORIGIN,
-    COEF,
     factor,
-    H: tl.constexpr,
+    p,
     PAIRS: tl.constexpr,
     TURNED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
 ):
-    """Stores a, b of q . RoPE_n(pre_mean) = sum a cos + b sin, n counted from the first token."""
-    p = tl.arange(0, PAIRS)
+    """a, b [16, n] of q . RoPE_n(pre_mean) = sum a cos + b sin, n counted from the first token.
+
+    Args:
+        p: The pairs [n]; 0 for those beyond the table's own.
+    """
     real = p < TURNED
     if INTERLEAVED:
         first, second = 2 * p, 2 * p + 1
@@ -36,100 +38,40 @@ def store_coefficients(
     )
     m1 = tl.load(PRE + first, mask=real, other=0.0)
     m2 = tl.load(PRE + second, mask=real, other=0.0)
-    cos = tl.load(ORIGIN + p)
-    sin = tl.load(ORIGIN + PAIRS + p)
+    cos = tl.load(ORIGIN + p, mask=real, other=0.0)
+    sin = tl.load(ORIGIN + PAIRS + p, mask=real, other=0.0)
     v1 = (m1 * cos - m2 * sin)[None, :]
     v2 = (m2 * cos + m1 * sin)[None, :]
-    r = tl.arange(0, 16)
-    place = COEF + r[:, None] * PAIRS + p[None, :]
-    valid = (r < H)[:, None] & (p >= 0)[None, :]
-    tl.store(place, x1 * v1 + x2 * v2, mask=valid)
-    tl.store(place + H * PAIRS, x2 * v1 - x1 * v2, mask=valid)
+    return x1 * v1 + x2 * v2, x2 * v1 - x1 * v2
 
 
 @triton.jit
-def store_slow_pairs(
-    QUERY,
-    PRE,
-    ORIGIN,
-    TURNED_TERMS,
-    BASIS,
-    index,
-    query_batch,
-    query_head,
-    query_query,
-    kv_heads,
-    group,
-    queries,
-    units,
-    capacity,
-    columns,
-    factor,
-    D: tl.constexpr,
-    H: tl.constexpr,
-    PAIRS: tl.constexpr,
-    TURNED: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    FIRST_SLOW: tl.constexpr,
-):
-    """Stores, for 16 rows and 16 tiles, what the slow pairs of q . RoPE_n(pre_mean) add up to.
+def store_coefficients(a, b, COEF, H: tl.constexpr, PAIRS: tl.constexpr):
+    """Stores the coefficients of all pairs, float32 [2, H, PAIRS]."""
+    r = tl.arange(0, 16)[:, None]
+    p = tl.arange(0, PAIRS)[None, :]
+    place = COEF + r * PAIRS + p
+    tl.store(place, a, mask=(r < H) & (p >= 0))
+    tl.store(place + H * PAIRS, b, mask=(r < H) & (p >= 0))
 
-    Within a tile these are eight Chebyshev polynomials of the position; see `tables.RopeOperands`.
-    Blocks are numbered rows first.
+
+@triton.jit
+def store_slow_coefficients(a, b, SLOW_COEF, H: tl.constexpr, STEPS: tl.constexpr, n):
+    """Stores the coefficients of slow pairs as tensor-core operands, float16 [STEPS, 2H, 16].
+
+    Eight pairs are a step; a row is twice there, in high and low parts.
+
+    Args:
+        n: Which slow pairs these are.
     """
-    blocks_of_rows = (units * H + 15) // 16
-    r = (index % blocks_of_rows) * 16 + tl.arange(0, 16)
-    unit = r // H
-    blocks = (group * queries + H - 1) // H
-    head = unit // blocks
-    row = (unit % blocks) * H + r % H
-    exists = (unit < units) & (row < group * queries)
-    batch = (head // kv_heads).to(tl.int64)
-    query_of = (head % kv_heads) * group + row // queries
-    queries_at = QUERY + batch * query_batch + query_of * query_head + (row % queries) * query_query
-    SLOW: tl.constexpr = PAIRS - FIRST_SLOW
-    # a multiple of 16, which the compiler is to know
-    columns = columns // 16 * 16
-    column = (index // blocks_of_rows) * 128 + tl.arange(0, 128)
-    inside = column < columns
-    sums = tl.zeros([16, 128], tl.float32)
-    for at in tl.static_range(0, SLOW, 16):
-        pair = at + tl.arange(0, 16)
-        terms = TURNED_TERMS + pair[:, None].to(tl.int64) * columns + column[None, :]
-        p = FIRST_SLOW + pair
-        real = p < TURNED
-        if INTERLEAVED:
-            one, other = 2 * p, 2 * p + 1
-        else:
-            one, other = p, p + TURNED
-        mask = exists[:, None] & real[None, :]
-        x1 = tl.load(queries_at[:, None] + one[None, :], mask=mask, other=0.0).to(tl.float32)
-        x2 = tl.load(queries_at[:, None] + other[None, :], mask=mask, other=0.0).to(tl.float32)
-        mean = PRE + head[:, None].to(tl.int64) * D
-        m1 = tl.load(mean + one[None, :], mask=mask, other=0.0) * factor
-        m2 = tl.load(mean + other[None, :], mask=mask, other=0.0) * factor
-        cos = tl.load(ORIGIN + p)[None, :]
-        sin = tl.load(ORIGIN + PAIRS + p)[None, :]
-        v1 = m1 * cos - m2 * sin
-        v2 = m2 * cos + m1 * sin
-        a = x1 * v1 + x2 * v2
-        b = x2 * v1 - x1 * v2
-        peak = tl.maximum(tl.max(tl.maximum(tl.abs(a), tl.abs(b)), 1), 1e-30)[:, None]
-        product = times_parts(a / peak, terms, 2 * SLOW * columns, inside)
-        other_half = terms + SLOW * columns
-        product += times_parts(b / peak, other_half, 2 * SLOW * columns, inside)
-        sums += product * peak
-    tile = column // 8
-    place = (unit[:, None].to(tl.int64) * capacity + tile[None, :]) * H + (r % H)[:, None]
-    valid = (unit < units)[:, None] & (tile < capacity)[None, :]
-    tl.store(BASIS + place * 8 + (column % 8)[None, :], sums, mask=valid)
-
-
-@triton.jit
-def times_parts(x, HIGH, low_behind, inside):
-    """x [16, 16], at most 1, times a matrix [16, n] of two parts in float16."""
-    high = x.to(tl.float16)
-    low = (x - high.to(tl.float32)).to(tl.float16)
-    first = tl.load(HIGH, mask=inside[None, :], other=0.0)
-    second = tl.load(HIGH + low_behind, mask=inside[None, :], other=0.0)
-    return tl.dot(high, first, tl.dot(low, first, tl.dot(high, second)))
+    r = tl.arange(0, 16)[:, None]
+    step = (n // 8)[None, :]
+    # columns of an operand: t hi j
+    column = (n % 4 * 4 + n // 4 % 2 * 2)[None, :]
+    valid = (r < H) & (step < STEPS)
+    place = SLOW_COEF + (step * (2 * H) + 2 * r) * 16 + column
+    a_high, b_high = a.to(tl.float16), b.to(tl.float16)
+    tl.store(place, a_high, mask=valid)
+    tl.store(place + 1, b_high, mask=valid)
+    tl.store(place + 16, a - a_high.to(tl.float32), mask=valid)
+    tl.store(place + 17, b - b_high.to(tl.float32), mask=valid)

@@ -9,16 +9,17 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 @gluon.jit
 def mean_products(
     ROPE,
-    ANGLES,
     COEF,
-    BASIS,
+    angles,
+    terms,
+    slow_coef,
+    tile_half,
     start,
-    tile,
     T: gl.constexpr,
     H: gl.constexpr,
     PAIRS: gl.constexpr,
     HALVES: gl.constexpr,
-    SLOW: gl.constexpr,
+    STEPS: gl.constexpr,
     M: gl.constexpr,
 ):
     """q . RoPE_n(pre_mean), [T, 2H] float32 in high and low parts, for the tokens of a tile.
@@ -28,9 +29,12 @@ def mean_products(
 
     Args:
         ROPE: float16 table in operand order.
-        ANGLES: float32 [tiles, 2, PAIRS], cos and sin at the tiles' centres.
         COEF: float32 [2, H, PAIRS], coefficients of cos and of sin of the rows.
-        BASIS: float32 [H, 8], coefficients of the Chebyshev polynomials in this tile.
+        angles: Shared memory, float32 [4, PAIRS]: cos and sin at the centres of two tiles.
+        terms: Shared memory, float16 [2 STEPS, 32, 8]: `tables.RopeOperands.turned_terms` of two
+            tiles.
+        slow_coef: Shared memory, float16 [STEPS, 2H, 16]: coefficients of slow pairs.
+        tile_half: Which of the two tiles.
         start: float32 [2H], what is added to every token's products.
     """
     TABLE: gl.constexpr = gl.DotOperandLayout(0, M, 2)
@@ -41,7 +45,8 @@ def mean_products(
     column = gl.arange(0, 2 * H, layout=gl.SliceLayout(1, L))[:, None]
     pair = gl.arange(0, 4, layout=gl.SliceLayout(0, L))[None, :]
     coef = COEF + (column // 2) * PAIRS + pair
-    angle = ANGLES + tile * (2 * PAIRS) + pair + column * 0
+    cos = angles.index(2 * tile_half)
+    sin = angles.index(2 * tile_half + 1)
     low = column % 2 == 1
     WORDS: gl.constexpr = T * 16 // 8
     offset = (
@@ -50,11 +55,11 @@ def mean_products(
     )
     sums = gl.full([T, 2 * H], 0.0, gl.float32, layout=M) + start[None, :]
     for block in gl.static_range((HALVES + 1) // 2):
-        first = fast_half(coef, angle, low, 2 * block, H, PAIRS, LB)
+        first = fast_half(coef, cos, sin, low, 2 * block, H, PAIRS, L, LB)
         if 2 * block + 1 < HALVES:
-            second = fast_half(coef, angle, low, 2 * block + 1, H, PAIRS, LB)
+            second = fast_half(coef, cos, sin, low, 2 * block + 1, H, PAIRS, L, LB)
         else:
-            second = slow_half(BASIS, H, LB)
+            second = slow_half(terms, slow_coef, tile_half, H, STEPS, LB, M)
         rows = operand_rows(first, second, H, ROWS)
         sums = mma_v2(rope_table(ROPE, offset, block, T, TABLE), rows, sums)
     return sums
@@ -62,26 +67,49 @@ def mean_products(
 
 @gluon.jit
 def fast_half(
-    coef, angle, low, half: gl.constexpr, H: gl.constexpr, PAIRS: gl.constexpr, LB: gl.constexpr
+    coef,
+    cosines,
+    sines,
+    low,
+    half: gl.constexpr,
+    H: gl.constexpr,
+    PAIRS: gl.constexpr,
+    L: gl.constexpr,
+    LB: gl.constexpr,
 ):
     """Coefficients of four pairs turned to the tile, float16 [2H, 4, 2]."""
     a = gl.load(coef + half * 4)
     b = gl.load(coef + H * PAIRS + half * 4)
-    cos = gl.load(angle + half * 4)
-    sin = gl.load(angle + PAIRS + half * 4)
+    cos = cosines.slice(half * 4, 4).load(gl.SliceLayout(0, L))[None, :]
+    sin = sines.slice(half * 4, 4).load(gl.SliceLayout(0, L))[None, :]
     of_cos = one_part(a * cos + b * sin, low)
     of_sin = one_part(b * cos - a * sin, low)
     return gl.convert_layout(gl.join(of_cos, of_sin), LB)
 
 
 @gluon.jit
-def slow_half(BASIS, H: gl.constexpr, LB: gl.constexpr):
-    """Coefficients of the polynomials, float16 [2H, 4, 2]."""
+def slow_half(
+    terms, coef, tile_half, H: gl.constexpr, STEPS: gl.constexpr, LB: gl.constexpr, M: gl.constexpr
+):
+    """Coefficients of a tile's polynomials, float16 [2H, 4, 2]: slow pairs turned to the tile."""
+    TERMS: gl.constexpr = gl.DotOperandLayout(0, M, 2)
+    ROWS: gl.constexpr = gl.DotOperandLayout(1, M, 2)
+    sums = gl.full([16, 2 * H], 0.0, gl.float32, layout=M)
+    for step in gl.static_range(STEPS):
+        table = terms.index(tile_half * STEPS + step).load(
+            gl.BlockedLayout([1, 8], [32, 1], [1, 1], [1, 0])
+        )
+        rows = coef.index(step).load(gl.BlockedLayout([1, 4], [8, 4], [1, 1], [1, 0]))
+        rows = gl.permute(gl.reshape(rows, [2 * H, 4, 2, 2]), [2, 1, 3, 0])  # hi t j | column
+        rows = gl.convert_layout(gl.reshape(rows, [16, 2 * H]), ROWS)
+        sums = mma_v2(in_operand(table, 16, TERMS), rows, sums)
+    # products of all parts of terms with all parts of coefficients
+    sums = gl.sum(gl.sum(gl.reshape(sums, [2, 8, H, 2]), 3), 0)  # k, row
+    basis = gl.reshape(gl.permute(sums, [1, 0]), [H, 4, 2])
+    basis = gl.permute(gl.join(basis, basis), [0, 3, 1, 2])
+    basis = gl.convert_layout(gl.reshape(basis, [2 * H, 4, 2]), LB)
     column = gl.arange(0, 2 * H, layout=gl.SliceLayout(1, gl.SliceLayout(2, LB)))[:, None, None]
-    lane = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(2, LB)))[None, :, None]
-    place = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(1, LB)))[None, None, :]
-    terms = gl.load(BASIS + (column // 2) * 8 + lane * 2 + place)
-    return one_part(terms, column % 2 == 1)
+    return one_part(basis, column % 2 == 1)
 
 
 @gluon.jit
@@ -102,7 +130,12 @@ def operand_rows(first, second, H: gl.constexpr, OPERAND: gl.constexpr):
 @gluon.jit
 def rope_table(ROPE, offset, part, T: gl.constexpr, OPERAND: gl.constexpr):
     """Part of the table as float16 operand [T, 16]."""
-    table = gl.load(ROPE + part * (T * 16) + offset)
-    table = gl.reshape(table, [T // 16, 8, 4, 2, 2, 2])  # mt g t hi h j
+    return in_operand(gl.load(ROPE + part * (T * 16) + offset), T, OPERAND)
+
+
+@gluon.jit
+def in_operand(table, ROWS: gl.constexpr, OPERAND: gl.constexpr):
+    """A table in operand order, eight numbers a lane -> float16 operand [ROWS, 16]."""
+    table = gl.reshape(table, [ROWS // 16, 8, 4, 2, 2, 2])  # mt g t hi h j
     table = gl.permute(table, [0, 4, 1, 3, 2, 5])  # mt h g | hi t j
-    return gl.convert_layout(gl.reshape(table, [T, 16]), OPERAND)
+    return gl.convert_layout(gl.reshape(table, [ROWS, 16]), OPERAND)

@@ -10,7 +10,11 @@ import triton
 import triton.language as tl
 
 from rq_hf.ops.triton.exact_rows import attend_exact
-from rq_hf.ops.triton.mean_coefficients import store_coefficients, store_slow_pairs
+from rq_hf.ops.triton.mean_coefficients import (
+    coefficients,
+    store_coefficients,
+    store_slow_coefficients,
+)
 from rq_hf.ops.triton.query_rows import multiply, row_of, store_rows
 
 # numbers that change from step to step: a kernel compiled anew for some would stall generation
@@ -23,9 +27,6 @@ VARYING = (
     "kv_heads",
     "group",
     "queries",
-    "units",
-    "capacity",
-    "columns",
     "splits",
     "parts",
     "last_seen",
@@ -41,7 +42,6 @@ def prepare(
     PRE,
     POST,
     ORIGIN,
-    TURNED_TERMS,
     PADDING,
     SINK_KEY,
     SINK_VALUE,
@@ -56,7 +56,7 @@ def prepare(
     ROWS,
     COEF,
     CONSTANT,
-    BASIS,
+    SLOW_COEF,
     PARTIAL,
     WEIGHT,
     query_batch,
@@ -80,9 +80,6 @@ def prepare(
     kv_heads,
     group,
     queries,
-    units,
-    capacity,
-    columns,
     splits,
     parts,
     last_seen,
@@ -98,7 +95,6 @@ def prepare(
     SKETCH: tl.constexpr,
     PLAIN: tl.constexpr,
     PACKED: tl.constexpr,
-    SLOW: tl.constexpr,
     PRECONDITIONED: tl.constexpr,
     PADDED: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -106,55 +102,27 @@ def prepare(
     CAPPED: tl.constexpr,
     COMPUTE: tl.constexpr,
     FIRST_SLOW: tl.constexpr,
+    STEPS: tl.constexpr,
+    SLOW_WIDTH: tl.constexpr,
     HAS_LOW: tl.constexpr,
     COUNTED: tl.constexpr,
 ):
-    """Grid: (1 + chunks of exact rows + what slow pairs take, units).
+    """Grid: (1 + chunks of exact rows, units).
 
     Outputs are laid out as `attend_tiles` reads them.
 
     Args:
         COUNTS: int32 [4], see `LayerView.counts`; in place of `sinks`, `count0` and `index0`
             (COUNTED).
-        TURNED_TERMS: float16 [2, 2, slow pairs, `columns`], see `tables.RopeOperands`.
-        capacity: Tiles that there is room for.
+        FIRST_SLOW: The first of the slow pairs, see `tables.RopeOperands`.
+        STEPS: Groups of eight slow pairs.
+        SLOW_WIDTH: Eight times that as a power of two.
     """
     part = tl.program_id(0) - 1
-    used = capacity
     if COUNTED:
         sinks = tl.load(COUNTS)
         count0 = tl.load(COUNTS + 1)
         index0 = sinks + tl.load(COUNTS + 2)
-        used = tl.load(COUNTS + 3)
-    if SLOW:
-        which = (part - (parts - splits)) * units + tl.program_id(1)
-        if which >= 0:
-            if which < ((units * H + 15) // 16) * ((used + 15) // 16):
-                store_slow_pairs(
-                    QUERY,
-                    PRE,
-                    ORIGIN,
-                    TURNED_TERMS,
-                    BASIS,
-                    which,
-                    query_batch,
-                    query_head,
-                    query_query,
-                    kv_heads,
-                    group,
-                    queries,
-                    units,
-                    capacity,
-                    columns,
-                    score_factor,
-                    D,
-                    H,
-                    PAIRS,
-                    TURNED,
-                    INTERLEAVED,
-                    FIRST_SLOW,
-                )
-            return
     unit = tl.program_id(1)
     batch, kv_head, in_group, query, exists = row_of(unit, kv_heads, group, queries, H)
     unit = unit.to(tl.int64)
@@ -191,18 +159,34 @@ def prepare(
             r = tl.arange(0, 16)
             tl.store(CONSTANT + unit * H + r, constant, mask=r < H)
             if PAIRS > 0:
-                store_coefficients(
+                p = tl.arange(0, PAIRS)
+                a, b = coefficients(
                     queries_at,
                     exists,
                     PRE + stat,
                     ORIGIN,
-                    COEF + unit * (2 * H * PAIRS),
                     score_factor,
-                    H,
+                    p,
                     PAIRS,
                     TURNED,
                     INTERLEAVED,
                 )
+                store_coefficients(a, b, COEF + unit * (2 * H * PAIRS), H, PAIRS)
+            if STEPS > 0:
+                n = tl.arange(0, SLOW_WIDTH)
+                a, b = coefficients(
+                    queries_at,
+                    exists,
+                    PRE + stat,
+                    ORIGIN,
+                    score_factor,
+                    FIRST_SLOW + n,
+                    PAIRS,
+                    TURNED,
+                    INTERLEAVED,
+                )
+                slow_coef = SLOW_COEF + unit * (STEPS * 2 * H * 16)
+                store_slow_coefficients(a, b, slow_coef, H, STEPS, n)
     else:
         pad = tl.zeros([], tl.int64)
         if PADDED:

@@ -92,9 +92,9 @@ class RopeOperands:
         operands: float16, the table in the order of tensor-core operands.
         rows: float32 [T, 2, PAIRS], cos and sin of positions from the centre, as plain rows.
         tiles: float32 [tiles, 2, PAIRS], cos and sin of the tiles' centres.
-        turned_terms: float16 [2, 2, PAIRS - first_slow, 8 tiles], in high and low parts: what cos
-            and sin of a pair, counted from the first token on, add to the polynomials of each tile;
-            zero for fast pairs.
+        turned_terms: float16 [tiles, steps, 256]: what cos and sin of a slow pair, counted from
+            the first token on, add to the polynomials of each tile. Eight pairs a step, high and
+            low parts, in operand order; zero beyond the table's own pairs.
         origin: float32 [2, PAIRS], cos and sin of the first packed position.
     """
 
@@ -107,9 +107,9 @@ class RopeOperands:
     origin: Tensor
 
     @property
-    def first_slow(self) -> int:
-        """The first pair in `turned_terms`: a multiple of 16 that no slow pair is before."""
-        return self.halves // 4 * 16
+    def steps(self) -> int:
+        """Groups of eight slow pairs."""
+        return self.turned_terms.shape[1]
 
 
 _codecs: WeakKeyDictionary[TileCodec, dict[torch.device, CodecTables]] = WeakKeyDictionary()
@@ -199,8 +199,7 @@ def _make_rope_operands(
     position = torch.arange(length, dtype=torch.float64) - (length - 1) / 2
     rows = _angles(rope, position, pairs)
     halves, slow = _split_pairs(rope, length)
-    # an even number: rows of `turned_terms` are then aligned
-    centre = torch.arange(tiles + tiles % 2) * length + (length - 1) / 2
+    centre = torch.arange(tiles) * length + (length - 1) / 2
     return RopeOperands(
         halves=halves,
         slow=slow,
@@ -209,7 +208,7 @@ def _make_rope_operands(
         ),
         rows=rows.to(device, torch.float32),
         tiles=_angles(rope, centre, pairs).to(device, torch.float32),
-        turned_terms=_turned_terms(rope, length, centre, halves, pairs).to(device),
+        turned_terms=_turned_terms(rope, length, centre, 4 * halves).to(device),
         origin=_angles(rope, torch.tensor([start]), pairs)[0].to(device, torch.float32),
     )
 
@@ -233,29 +232,29 @@ def _angles(rope: RopeTable, position: Tensor, pairs: int) -> Tensor:
     return torch.nn.functional.pad(table, (0, pairs - angle.shape[1]))
 
 
-def _chebyshev(rope: RopeTable, length: int, fast: int, pairs: int) -> Tensor:
-    """Coefficients of cos(x u) and sin(x u), float64 `[2, TERMS, pairs]` (Jacobi, Anger 1836)."""
-    turns = rope.inv_freq.double().cpu() * (length / 2)
+def _chebyshev(turns: Tensor) -> tuple[Tensor, Tensor]:
+    """Coefficients of cos(x u) and sin(x u), float64 `[TERMS, pairs]` (Jacobi, Anger 1836)."""
     order = torch.arange(_TERMS)[:, None]
     bessel = torch.from_numpy(special.jv(order.numpy(), turns.numpy()[None, :]))
     weight = torch.where(order == 0, 1.0, 2.0) * torch.where(order // 2 % 2 == 0, 1.0, -1.0)
     even = torch.where(order % 2 == 0, weight, 0.0) * bessel
     odd = torch.where(order % 2 == 1, weight, 0.0) * bessel
-    table = torch.stack([even, odd])
-    table[:, :, :fast] = 0
-    return torch.nn.functional.pad(table, (0, pairs - len(turns)))
+    return even, odd
 
 
-def _turned_terms(rope: RopeTable, length: int, centre: Tensor, halves: int, pairs: int) -> Tensor:
-    """See `RopeOperands.turned_terms`."""
-    even, odd = _chebyshev(rope, length, 4 * halves, pairs)[:, :, halves // 4 * 16 :, None]
-    cos, sin = _angles(rope, centre, pairs)[:, :, halves // 4 * 16 :].permute(1, 2, 0)
-    terms = torch.stack(
-        [cos * even - sin * odd, sin * even + cos * odd]
-    )  # cos | sin, k, pair, tile
-    terms = terms.permute(0, 2, 3, 1).flatten(2)
+def _turned_terms(rope: RopeTable, length: int, centre: Tensor, fast: int) -> Tensor:
+    """See `RopeOperands.turned_terms`; `fast` pairs are left out."""
+    inv_freq = rope.inv_freq.double().cpu()[fast:]
+    even, odd = _chebyshev(inv_freq * (length / 2))
+    angle = centre.double()[:, None, None] * inv_freq
+    cos, sin = angle.cos(), angle.sin()
+    terms = torch.stack([cos * even - sin * odd, sin * even + cos * odd], -1)
+    # tile k pair j
+    terms = torch.nn.functional.pad(terms, (0, 0, 0, -len(inv_freq) % 8))
     high = terms.half()
-    return torch.stack([high, (terms - high.double()).half()])
+    parts = torch.stack([high, (terms - high.double()).half()])
+    grid = parts.unflatten(3, (-1, 2, 4))  # part tile k step hi t j
+    return grid.permute(1, 3, 2, 5, 4, 0, 6).flatten(2).contiguous()
 
 
 def _in_operand_order(rows: Tensor, u: Tensor, halves: int, slow: bool) -> Tensor:

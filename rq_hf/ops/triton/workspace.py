@@ -11,8 +11,9 @@ from torch import Tensor
 from rq_hf.ops.triton.launching import processors
 from rq_hf.ops.view import ExactRows, LayerView
 
-# programs of one warp that share a multiprocessor, as their registers allow
-_PROGRAMS = 8
+# programs of one warp that share a multiprocessor, as their registers allow; and how many will do
+# where more would have less than so many tiles each
+_PROGRAMS, _ENOUGH, _TILES = 8, 4, 4
 # so many `combine` reads at once
 _MAX_PARTS = 256
 
@@ -32,6 +33,7 @@ class Sizes:
         splits: Parts that the tiles of a unit are divided among.
         chunk: Exact tokens of a part.
         chunks: Parts of exact tokens.
+        combined_rows: Rows of a unit that one program merges.
     """
 
     batch: int
@@ -44,6 +46,7 @@ class Sizes:
     splits: int
     chunk: int
     chunks: int
+    combined_rows: int
 
     @classmethod
     def of(cls, query: Tensor, view: LayerView, pieces: list[ExactRows]) -> Sizes:
@@ -54,7 +57,7 @@ class Sizes:
         block = 4 if rows <= 4 else 8
         units = batch * kv_heads * -(-rows // block)
         tiles = view.records.shape[2] if view.packed_length else 0
-        wanted = processors(query.device) * _PROGRAMS // units
+        wanted = _programs(processors(query.device), tiles * units) // units
         chunk = exact_chunk(head_dim)
         chunks = sum(-(-rows.keys.shape[2] // chunk) for rows in pieces)
         return cls(
@@ -68,6 +71,8 @@ class Sizes:
             splits=_splits(tiles, min(wanted, max(_MAX_PARTS - chunks, _MAX_PARTS // 2))),
             chunk=chunk,
             chunks=chunks,
+            # a program for each row while these do not fill the GPU twice over
+            combined_rows=1 if units < processors(query.device) else block,
         )
 
     @property
@@ -83,7 +88,7 @@ class Sizes:
 
 @dataclass(frozen=True, eq=False)
 class Workspace:
-    """Results of one launch that the next reads, float32 but for `rows8`; see the kernels.
+    """Results of one launch that the next reads, float32 unless a name says more; see the kernels.
 
     Attributes:
         whole: The memory that the others are pieces of.
@@ -93,7 +98,7 @@ class Workspace:
     partial: Tensor
     weight: Tensor
     coef: Tensor
-    basis: Tensor
+    slow_coef: Tensor
     constant: Tensor
     row_scales: Tensor
     rows: Tensor
@@ -107,7 +112,7 @@ class Workspace:
         *,
         sides: int,
         pairs: int,
-        slow: bool,
+        steps: int,
         plain: bool,
         device: torch.device,
     ) -> Workspace:
@@ -118,7 +123,7 @@ class Workspace:
             head_dim: D.
             sides: 2 if rows are sketched too, else 1.
             pairs: Pairs that RoPE turns, padded; 0 for none.
-            slow: Whether some of them are slow.
+            steps: Groups of eight slow pairs.
             plain: Whether rows are read as float32, not as bytes.
             device: Where.
         """
@@ -128,7 +133,8 @@ class Workspace:
             "partial": rows * sizes.parts * head_dim,
             "weight": rows * sizes.parts * 2,
             "coef": rows * 2 * pairs,
-            "basis": rows * sizes.tiles * 8 if slow else 0,
+            # two numbers of two bytes for every coefficient
+            "slow_coef": rows * steps * 16,
             "constant": rows,
             "row_scales": rows * sides,
             "rows": numbers if plain else 0,
@@ -141,6 +147,7 @@ class Workspace:
             pieces[name] = whole[at : at + count]
             at += _aligned(count)
         pieces["rows8"] = pieces["rows8"].view(torch.int8)
+        pieces["slow_coef"] = pieces["slow_coef"].view(torch.float16)
         return cls(whole, **pieces)
 
     @property
@@ -157,6 +164,12 @@ def take_memory(count: int, device: torch.device) -> Tensor:
 def exact_chunk(head_dim: int) -> int:
     """Exact tokens of a part."""
     return 64 if head_dim <= 128 else 32
+
+
+def _programs(multiprocessors: int, tiles: int) -> int:
+    """Programs for so many tiles of all units."""
+    few = max(multiprocessors * _ENOUGH, tiles // _TILES)
+    return min(multiprocessors * _PROGRAMS, few)
 
 
 def _splits(tiles: int, most: int) -> int:
