@@ -44,14 +44,15 @@ def cuda_graph(model: PreTrainedModel, cache: RotorQuantStaticCache) -> Iterator
 
     Args:
         model: A decoder model on one CUDA device.
-        cache: Its cache. Steps beyond `max_cache_len` tokens are not noticed.
+        cache: Its cache. Steps beyond `max_cache_len` tokens are not noticed, and store nothing.
 
     Yields:
         The model.
 
     Raises:
         ValueError: The model is not on one CUDA device, model or cache are of another kind or in
-            use here already, or `generate()` gets a `compile_config`.
+            use here already, or `generate()` gets a `compile_config`. In the end: a step has stored
+            keys or values that are NaN or infinite, see `RotorQuantStaticCache.check_steps`.
         RuntimeError: A step does what no CUDA graph can hold. The cache is as it was before it.
 
     Example:
@@ -75,6 +76,7 @@ def cuda_graph(model: PreTrainedModel, cache: RotorQuantStaticCache) -> Iterator
         vars(model).update(before)
         _caches_in_use.discard(cache)
         steps.close()
+    cache.check_steps()
 
 
 class Recorder:
@@ -319,8 +321,8 @@ def _is_made(mask: Any) -> bool:
 
 def _device_of(model: PreTrainedModel) -> torch.device:
     devices = {x.device for x in (*model.parameters(), *model.buffers())}
-    if len(devices) > 1:
-        names = ", ".join(sorted(map(str, devices)))
+    if len(devices) != 1:
+        names = ", ".join(sorted(map(str, devices))) or "one without parameters"
         raise ValueError(f"cuda_graph needs a model on one CUDA device, got {names}")
     return devices.pop()
 

@@ -5,7 +5,7 @@
 stand for and no storage. Attention code does little with its keys and values: it repeats them for
 grouped queries, transposes them, and passes them to `scaled_dot_product_attention` or two
 `matmul`s. These few calls are answered here, from the packed store. Any other operation decodes
-the layer: right, slower, counted, and warned of once.
+the layer: right, and slower; of a `Handle` it is counted, and warned of once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map
 
 Role = Literal["key", "value"]
 # dimensions shown: b batch, h KV heads, r repeats of a head, n tokens, d head_dim
-Form = Literal["bhnd", "bhdn", "bh1nd", "bhrnd"]
+Form = Literal["bhnd", "bhdn", "bhrnd"]
 
 
 class Source(Protocol):
@@ -55,13 +55,103 @@ class Source(Protocol):
         """Notes which way attention was computed."""
 
 
-class Handle(torch.Tensor):
-    """Keys or values of a layer without storage of their own."""
+class StandIn(torch.Tensor):
+    """Keys or values of a layer without storage of their own.
 
-    source: Source
+    Attributes:
+        role: What it stands for.
+        form: Dimensions shown.
+        repeats: How often each head is shown.
+    """
+
     role: Role
     form: Form
     repeats: int
+
+    def seen(
+        self,
+        *,
+        form: Form | None = None,
+        repeats: int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> StandIn:
+        """Returns the same states seen in another way."""
+        raise NotImplementedError
+
+    def decoded(self) -> Tensor:
+        """Returns the states `[B, Hk, N, D]` in the dtype shown."""
+        raise NotImplementedError
+
+    def decoded_for(self, operation: str) -> Tensor:
+        """Returns what `dense` does, for an operation that is not answered."""
+        return self.dense()
+
+    def stands_beside(self, other: StandIn) -> bool:
+        """Whether `other` is of the same layer, as it is now."""
+        raise NotImplementedError
+
+    def sdpa(
+        self,
+        query: Tensor,
+        *,
+        mask: Tensor | None,
+        dropout: float,
+        causal: bool,
+        scale: float | None,
+    ) -> Tensor | None:
+        """Returns attention of queries `[B, Hq, L, D]` to the layer, or None where it cannot."""
+        raise NotImplementedError
+
+    def product(self, left: Any, right: Any) -> Any:
+        """Returns left @ right, of which it is one, or NotImplemented."""
+        raise NotImplementedError
+
+    def dense(self) -> Tensor:
+        """Returns the states as an ordinary tensor of this shape."""
+        states = self.decoded()
+        if self.form == "bhrnd":
+            return states[:, :, None].expand(-1, -1, self.repeats, -1, -1)
+        states = states.repeat_interleave(self.repeats, 1) if self.repeats > 1 else states
+        return states.transpose(2, 3) if self.form == "bhdn" else states
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        answer = ANSWERS.get(func)
+        if answer is not None:
+            result = answer(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override] # the host's stub says instance method
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            return args[0].seen()
+        name = func.overloadpacket.__name__
+        return func(
+            *tree_map(lambda x: decode(x, name), args),
+            **tree_map(lambda x: decode(x, name), kwargs or {}),
+        )
+
+
+class Handle(StandIn):
+    """Keys or values of a layer that grows.
+
+    Args:
+        source: What they are, and how attention is computed.
+        role: See `StandIn`, as for the next two.
+        form: See there.
+        repeats: See there.
+        dtype: Dtype shown; the source's if None.
+    """
+
+    source: Source
     _shape: torch.Size
     _dtype: torch.dtype
 
@@ -74,7 +164,7 @@ class Handle(torch.Tensor):
         repeats: int = 1,
         dtype: torch.dtype | None = None,
     ) -> Handle:
-        shape, dtype = _shape(source.shape, form, repeats), dtype or source.dtype
+        shape, dtype = shape_of(source.shape, form, repeats), dtype or source.dtype
         handle = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=source.device)
         handle.source, handle.role, handle.form, handle.repeats = source, role, form, repeats
         handle._shape, handle._dtype = torch.Size(shape), dtype
@@ -88,71 +178,69 @@ class Handle(torch.Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Handle({self.role}, shape={tuple(self.shape)})"
 
-    def as_form(self, form: Form, repeats: int | None = None) -> Handle:
-        """Returns the same states seen in another form."""
+    def seen(
+        self,
+        *,
+        form: Form | None = None,
+        repeats: int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Handle:
+        """See `StandIn`."""
         repeats = self.repeats if repeats is None else repeats
-        return Handle(self.source, self.role, form, repeats, self._dtype)
+        return Handle(self.source, self.role, form or self.form, repeats, dtype or self._dtype)
 
-    def dense(self) -> Tensor:
-        """Returns the states as an ordinary tensor of this shape."""
-        states = self.source.dense(self.role).to(self._dtype)
-        if self.form == "bh1nd":
-            return states[:, :, None]
-        if self.form == "bhrnd":
-            return states[:, :, None].expand(-1, -1, self.repeats, -1, -1)
-        states = states.repeat_interleave(self.repeats, 1) if self.repeats > 1 else states
-        return states.transpose(2, 3) if self.form == "bhdn" else states
+    def decoded(self) -> Tensor:
+        """See `StandIn`."""
+        return self.source.dense(self.role).to(self._dtype)
 
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        answer = ANSWERS.get(func)
-        if answer is not None:
-            result = answer(*args, **(kwargs or {}))
-            if result is not NotImplemented:
-                return result
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
+    def decoded_for(self, operation: str) -> Tensor:
+        """See `StandIn`; counts the operation, and warns of it once."""
+        self.source.count(f"decoded for {operation}")
+        if operation not in _warned and not torch.compiler.is_compiling():
+            _warned.add(operation)
+            warnings.warn(
+                f"the operation '{operation}' is not known on packed {self.role}s: the layer is "
+                "decoded to a dense tensor for it, which is right but slower",
+                stacklevel=2,
+            )
+        return self.dense()
 
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override] # the host's stub says instance method
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
-            return args[0].as_form(args[0].form)
-        name = func.overloadpacket.__name__
-        return func(
-            *tree_map(lambda x: _decode(x, name), args),
-            **tree_map(lambda x: _decode(x, name), kwargs or {}),
-        )
+    def stands_beside(self, other: StandIn) -> bool:
+        """See `StandIn`."""
+        return isinstance(other, Handle) and self.source is other.source
+
+    def sdpa(self, query: Tensor, **options: Any) -> Tensor | None:
+        """See `StandIn`."""
+        return self.source.sdpa(query, **options)
+
+    def product(self, left: Any, right: Any) -> Any:
+        """See `StandIn`."""
+        if right is not self or isinstance(left, StandIn) or left.dim() != 4:
+            return NotImplemented
+        result = None
+        if self.role == "key" and self.form == "bhdn":
+            result = self.source.scores(left)
+        elif self.role == "value" and self.form == "bhnd":
+            result = self.source.mix(left)
+        return NotImplemented if result is None else result
 
 
-def _shape(shape: tuple[int, int, int, int], form: Form, repeats: int) -> tuple[int, ...]:
+def shape_of(shape: tuple[int, int, int, int], form: Form, repeats: int) -> tuple[int, ...]:
+    """Returns the shape in which states `[B, Hk, N, D]` are shown."""
     batch, heads, tokens, head_dim = shape
     if form == "bhnd":
         return batch, heads * repeats, tokens, head_dim
     if form == "bhdn":
         return batch, heads * repeats, head_dim, tokens
-    return batch, heads, 1 if form == "bh1nd" else repeats, tokens, head_dim
+    return batch, heads, repeats, tokens, head_dim
 
 
 _warned: set[str] = set()
 
 
-def _decode(thing: Any, operation: str) -> Any:
-    """Returns `thing`, decoded if it is a handle."""
-    if not isinstance(thing, Handle):
-        return thing
-    thing.source.count(f"decoded for {operation}")
-    if operation not in _warned and not torch.compiler.is_compiling():
-        _warned.add(operation)
-        warnings.warn(
-            f"the operation '{operation}' is not known on packed {thing.role}s: the layer is "
-            "decoded to a dense tensor for it, which is right but slower",
-            stacklevel=2,
-        )
-    return thing.dense()
+def decode(thing: Any, operation: str) -> Any:
+    """Returns `thing`, decoded for an operation if it stands for states."""
+    return thing.decoded_for(operation) if isinstance(thing, StandIn) else thing
 
 
 ANSWERS: dict[Callable, Callable] = {}
@@ -166,21 +254,29 @@ def _answers(*functions: Callable) -> Callable[[Callable], Callable]:
     return register
 
 
-def _is_all(index: Any, size: int | None = None) -> bool:
-    """Whether an index takes a dimension (of `size`) whole."""
-    if not isinstance(index, slice) or index.step not in (None, 1):
+_WHOLE = slice(None)
+
+
+def _is_all(index: Any, states: StandIn, dim: int) -> bool:
+    """Whether an index takes a dimension whole."""
+    if not isinstance(index, slice):
         return False
-    return index.start in (None, 0) and (index.stop is None or index.stop == size)
+    if index == _WHOLE:
+        return True
+    # the shape is asked for last: it may be another call
+    begins = index.start in (None, 0) and index.step in (None, 1)
+    return begins and (index.stop is None or index.stop == states.shape[dim])
 
 
 @_answers(torch.Tensor.__getitem__)
 def _getitem(states: Any, index: Any) -> Any:
-    if not isinstance(states, Handle) or states.form != "bhnd" or not isinstance(index, tuple):
+    if not isinstance(states, StandIn) or states.form != "bhnd" or not isinstance(index, tuple):
         return NotImplemented
     if len(index) == 5 and index[2] is None and states.repeats == 1:
-        whole = all(map(_is_all, index[:2])) and all(map(_is_all, index[3:]))
-        return states.as_form("bh1nd") if whole else NotImplemented
-    if len(index) <= 4 and all(_is_all(i, n) for i, n in zip(index, states.shape, strict=False)):
+        whole = _is_all(index[0], states, 0) and _is_all(index[1], states, 1)
+        whole = whole and _is_all(index[3], states, 2) and _is_all(index[4], states, 3)
+        return states.seen(form="bhrnd") if whole else NotImplemented
+    if len(index) <= 4 and all(_is_all(part, states, dim) for dim, part in enumerate(index)):
         return states
     return NotImplemented
 
@@ -192,33 +288,33 @@ def _sizes(sizes: tuple[Any, ...]) -> tuple[int, ...]:
 @_answers(torch.Tensor.expand)
 def _expand(states: Any, *sizes: Any) -> Any:
     wanted = _sizes(sizes)
-    if isinstance(states, Handle) and states.form == "bh1nd" and len(wanted) == 5:
-        return states.as_form("bhrnd", wanted[2])
-    return NotImplemented
+    if not isinstance(states, StandIn) or states.form != "bhrnd" or states.repeats != 1:
+        return NotImplemented
+    return states.seen(repeats=wanted[2]) if len(wanted) == 5 else NotImplemented
 
 
 @_answers(torch.Tensor.reshape)
 def _reshape(states: Any, *sizes: Any) -> Any:
-    if isinstance(states, Handle) and states.form == "bhrnd":
-        merged = states.as_form("bhnd")
-        if _sizes(sizes) == tuple(merged.shape):
-            return merged
-    return NotImplemented
+    if not isinstance(states, StandIn) or states.form != "bhrnd":
+        return NotImplemented
+    batch, heads, repeats, tokens, head_dim = states.shape
+    merged = _sizes(sizes) == (batch, heads * repeats, tokens, head_dim)
+    return states.seen(form="bhnd") if merged else NotImplemented
 
 
 @_answers(torch.Tensor.repeat_interleave, torch.repeat_interleave)
 def _repeat_interleave(states: Any, repeats: Any = None, dim: Any = None, **kwargs: Any) -> Any:
-    plain = isinstance(states, Handle) and states.form == "bhnd" and states.repeats == 1
+    plain = isinstance(states, StandIn) and states.form == "bhnd" and states.repeats == 1
     if plain and isinstance(repeats, int) and dim in (1, -3) and not kwargs:
-        return states.as_form("bhnd", repeats)
+        return states.seen(repeats=repeats)
     return NotImplemented
 
 
 @_answers(torch.Tensor.to)
 def _to(states: Any, *args: Any, **kwargs: Any) -> Any:
     only_dtype = len(args) == 1 and isinstance(args[0], torch.dtype) and not kwargs
-    if isinstance(states, Handle) and only_dtype:
-        return Handle(states.source, states.role, states.form, states.repeats, args[0])
+    if isinstance(states, StandIn) and only_dtype:
+        return states.seen(dtype=args[0])
     return NotImplemented
 
 
@@ -229,27 +325,21 @@ def _float(states: Any) -> Any:
 
 @_answers(torch.Tensor.contiguous)
 def _contiguous(states: Any, **kwargs: Any) -> Any:
-    return states if isinstance(states, Handle) else NotImplemented
+    return states if isinstance(states, StandIn) else NotImplemented
 
 
 @_answers(torch.Tensor.transpose, torch.transpose)
 def _transpose(states: Any, dim0: int, dim1: int) -> Any:
     swapped: dict[Form, Form] = {"bhnd": "bhdn", "bhdn": "bhnd"}
-    if isinstance(states, Handle) and states.form in swapped and {dim0 % 4, dim1 % 4} == {2, 3}:
-        return states.as_form(swapped[states.form])
+    if isinstance(states, StandIn) and states.form in swapped and {dim0 % 4, dim1 % 4} == {2, 3}:
+        return states.seen(form=swapped[states.form])
     return NotImplemented
 
 
 @_answers(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
 def _matmul(left: Any, right: Any) -> Any:
-    if not isinstance(right, Handle) or isinstance(left, Handle) or left.dim() != 4:
-        return NotImplemented
-    result = None
-    if right.role == "key" and right.form == "bhdn":
-        result = right.source.scores(left)
-    elif right.role == "value" and right.form == "bhnd":
-        result = right.source.mix(left)
-    return NotImplemented if result is None else result
+    one = right if isinstance(right, StandIn) else left
+    return one.product(left, right) if isinstance(one, StandIn) else NotImplemented
 
 
 @_answers(F.scaled_dot_product_attention)
@@ -263,12 +353,10 @@ def _sdpa(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    handles = isinstance(key, Handle) and isinstance(value, Handle)
-    if not handles or isinstance(query, Handle) or key.source is not value.source:
+    stand_ins = isinstance(key, StandIn) and isinstance(value, StandIn)
+    if not stand_ins or isinstance(query, StandIn) or not key.stands_beside(value):
         return NotImplemented
     if (key.role, value.role, key.form, value.form) != ("key", "value", "bhnd", "bhnd"):
         return NotImplemented
-    result = key.source.sdpa(
-        query, mask=attn_mask, dropout=dropout_p, causal=is_causal, scale=scale
-    )
+    result = key.sdpa(query, mask=attn_mask, dropout=dropout_p, causal=is_causal, scale=scale)
     return NotImplemented if result is None else result

@@ -71,9 +71,16 @@ class RotorQuantStaticCache(RotorQuantCache):
         return Cache.update(self, key_states, value_states, layer_idx, *args, **kwargs)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Returns length and offset of the keys that `query_length` new tokens will see."""
+        """Returns length and offset of the keys that `query_length` new tokens will see.
+
+        Raises:
+            ValueError: There is more than one, and `check_steps` finds something.
+        """
         if not torch.compiler.is_compiling():
             self._store_prompts()
+            if query_length > 1:
+                # before the first layer stores what a later one would refuse
+                self.check_steps()
         return super().get_mask_sizes(query_length, layer_idx)
 
     def _store_prompts(self) -> None:
@@ -82,14 +89,35 @@ class RotorQuantStaticCache(RotorQuantCache):
             if isinstance(layer, RotorQuantStaticLayer) and layer.is_waiting:
                 layer.settle()
 
+    def check_steps(self) -> None:
+        """Looks at what steps have noted on the device, and waits for it.
+
+        Compiled and recorded steps, and all on a GPU, do not wait to learn whether their keys and
+        values are finite. A prompt, `memory`, `describe` and the end of `cuda_graph` do.
+
+        Raises:
+            ValueError: A layer has stored numbers that are not finite; so it is until `reset`.
+        """
+        for layer in self.packed_layers:
+            if isinstance(layer, RotorQuantStaticLayer):
+                layer.check_steps()
+
     def get_max_cache_shape(self, layer_idx: int = 0) -> int:
         """Returns the tokens that there is room for."""
         return self.get_max_length(layer_idx)
 
-    def reset(self) -> None:
-        """Forgets all tokens; buffers stay, so that nothing is compiled anew."""
+    def reset(self, keep_statistics: bool = False) -> None:
+        """Forgets all tokens; buffers stay, so that nothing is compiled anew.
+
+        Args:
+            keep_statistics: Pack the next prompt with the statistics of this one, see
+                `RotorQuantLayer.reset`.
+        """
         for layer in self.layers:
-            layer.reset()
+            if isinstance(layer, RotorQuantStaticLayer):
+                layer.reset(keep_statistics)
+            else:
+                layer.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refuses to drop tokens.

@@ -19,11 +19,38 @@ class ExactStaticLayer(StaticLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Stores new states; returns keys and values, for one token those of all the room."""
+        """Stores new states; returns keys and values, for one token those of all the room.
+
+        Raises:
+            ValueError: There is no room for them; the layer is as it was. Of a single token that
+                is seen on a CPU only: elsewhere the length would have to be waited for, and the
+                last row is written again and again.
+        """
         tokens = key_states.shape[2]
-        length = self.max_cache_len if tokens == 1 else self.get_mask_sizes(tokens)[0]
-        key, value = super().update(key_states, value_states, *args, **kwargs)
-        return key[:, :, :length], value[:, :, :length]
+        if tokens > 1:
+            length = self._check_room(tokens)
+            key, value = super().update(key_states, value_states, *args, **kwargs)
+            return key[:, :, :length], value[:, :, :length]
+        if key_states.device.type == "cpu" and not torch.compiler.is_compiling():
+            self._check_room(1)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None and self.values is not None
+        place = self.cumulative_length.clamp(max=self.max_cache_len - 1).view(1)
+        self.keys.index_copy_(2, place, key_states)
+        self.values.index_copy_(2, place, value_states)
+        self.cumulative_length.add_(1)
+        return self.keys, self.values
+
+    def _check_room(self, new: int) -> int:
+        """Returns the tokens of a sequence with `new` ones."""
+        stored = int(self.get_seq_length())
+        if stored + new > self.max_cache_len:
+            raise ValueError(
+                f"{stored} tokens and {new} new ones are more than max_cache_len = "
+                f"{self.max_cache_len}; make a cache with a larger max_cache_len"
+            )
+        return stored + new
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Returns length and offset of the keys that `query_length` new tokens will see."""

@@ -1,41 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
 """Handles whose every part is a tensor, a number or a name, so that they can be compiled.
 
-They answer what those of `rq_hf.handle` do. A step of `scaled_dot_product_attention` is one
-operator on the packed buffers. All else decodes the layer to as many rows as the cache has room
-for; those behind the last token are zero, and the model's mask hides them.
+A step of `scaled_dot_product_attention` is one operator on the packed buffers. All that
+`rq_hf.handle` has no answer to decodes the layer to as many rows as the cache has room for; those
+behind the last token are zero, and the model's mask hides them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.utils._pytree import tree_map
 
-from rq_hf.handle import Form, Role
+from rq_hf.handle import Form, Role, StandIn, decode, shape_of
 from rq_hf.static_ops import StaticTensors, attend_static, decode_static
 
 
-class StaticHandle(torch.Tensor):
-    """Keys or values of a static layer, without storage of their own.
+class StaticHandle(StandIn):
+    """Keys or values of a static layer.
 
     Args:
         tensors: `StaticTensors`, one after the other.
-        role: What it stands for.
-        form: Dimensions shown, see `rq_hf.handle.Form`.
-        repeats: How often each head is shown.
+        role: See `StandIn`, as for the next two.
+        form: See there.
+        repeats: See there.
         dtype: Dtype shown.
         length: Tokens that the cache has room for: as many are shown.
         sink_length: Sinks of the layer.
         recipe: Name of its `Recipe`.
     """
 
-    role: Role
-    form: Form
+    # one of the `StaticTensors`, all of which are attributes
+    records: Tensor
 
     @staticmethod
     def __new__(
@@ -50,13 +47,7 @@ class StaticHandle(torch.Tensor):
         recipe: str,
     ) -> StaticHandle:
         batch, heads, _, head_dim = tensors[0].shape
-        shape: tuple[int, ...]
-        if form == "bhnd":
-            shape = (batch, heads * repeats, length, head_dim)
-        elif form == "bhdn":
-            shape = (batch, heads * repeats, head_dim, length)
-        else:
-            shape = (batch, heads, repeats, length, head_dim)
+        shape = shape_of((batch, heads, length, head_dim), form, repeats)
         return torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=dtype, device=tensors[0].device
         )
@@ -72,18 +63,8 @@ class StaticHandle(torch.Tensor):
         sink_length: int,
         recipe: str,
     ) -> None:
-        (
-            self.exact_keys,
-            self.exact_values,
-            self.records,
-            self.scales,
-            self.counts,
-            self.padding,
-            self.pre_mean,
-            self.post_mean,
-            self.balance,
-            self.value_mean,
-        ) = tensors
+        for name, tensor in zip(StaticTensors._fields, tensors, strict=True):
+            setattr(self, name, tensor)
         self.role, self.form, self.repeats = role, form, repeats
         self.shown, self.length = dtype, length
         self.sink_length, self.recipe = sink_length, recipe
@@ -102,22 +83,11 @@ class StaticHandle(torch.Tensor):
 
     def tensors(self) -> list[Tensor]:
         """Returns the `StaticTensors`."""
-        return [
-            self.exact_keys,
-            self.exact_values,
-            self.records,
-            self.scales,
-            self.counts,
-            self.padding,
-            self.pre_mean,
-            self.post_mean,
-            self.balance,
-            self.value_mean,
-        ]
+        return [getattr(self, name) for name in StaticTensors._fields]
 
-    def options(self, **changes: Any) -> dict[str, Any]:
-        """Returns the other arguments, but for `changes`."""
-        own = {
+    def options(self) -> dict[str, Any]:
+        """Returns the other arguments."""
+        return {
             "role": self.role,
             "form": self.form,
             "repeats": self.repeats,
@@ -126,11 +96,33 @@ class StaticHandle(torch.Tensor):
             "sink_length": self.sink_length,
             "recipe": self.recipe,
         }
-        return {**own, **changes}
 
     def seen(self, **changes: Any) -> StaticHandle:
-        """Returns the same states seen in another way."""
-        return StaticHandle(*self.tensors(), **self.options(**changes))
+        """See `StandIn`."""
+        return StaticHandle(*self.tensors(), **{**self.options(), **changes})
+
+    def decoded(self) -> Tensor:
+        """See `StandIn`."""
+        decoded = decode_static(self.tensors(), self.length, self.sink_length, self.recipe)
+        return decoded[0 if self.role == "key" else 1].to(self.shown)
+
+    def stands_beside(self, other: StandIn) -> bool:
+        """See `StandIn`."""
+        return isinstance(other, StaticHandle) and self.records is other.records
+
+    def sdpa(
+        self,
+        query: Tensor,
+        *,
+        mask: Tensor | None,
+        dropout: float,
+        causal: bool,
+        scale: float | None,
+    ) -> Tensor | None:
+        """See `StandIn`."""
+        if dropout or causal or (torch.is_grad_enabled() and query.requires_grad):
+            return None
+        return self.attend(query, mask=mask, scale=scale)
 
     def attend(
         self,
@@ -141,148 +133,24 @@ class StaticHandle(torch.Tensor):
         softcap: float | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        """Returns attention of the newest token's queries `[B, Hq, L, D]` to all tokens."""
+        """Returns attention of the newest token's queries `[B, Hq, L, D]` to all tokens.
+
+        Raises:
+            ValueError: The mask has fewer columns than the cache has room for tokens: how many
+                there are is not known here.
+        """
+        if mask is not None and mask.shape[-1] < self.length:
+            raise ValueError(
+                f"the mask of a step has {mask.shape[-1]} columns, but a static cache needs one "
+                f"for each of the {self.length} tokens that it has room for (max_cache_len); hide "
+                "those that are not there yet"
+            )
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         return attend_static(
             query, self.tensors(), mask, sinks, scale, softcap, self.sink_length, self.recipe
         )
 
-    def dense(self) -> Tensor:
-        """Returns the states as an ordinary tensor of this shape."""
-        decoded = decode_static(self.tensors(), self.length, self.sink_length, self.recipe)
-        states = decoded[0 if self.role == "key" else 1].to(self.shown)
-        if self.form == "bhrnd":
-            return states[:, :, None].expand(-1, -1, self.repeats, -1, -1)
-        states = states.repeat_interleave(self.repeats, 1) if self.repeats > 1 else states
-        return states.transpose(2, 3) if self.form == "bhdn" else states
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        answer = ANSWERS.get(func)
-        if answer is not None:
-            result = answer(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **kwargs)
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override] # the host's stub says instance method
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
-            return args[0].seen()
-        return func(*tree_map(_decode, args), **tree_map(_decode, kwargs or {}))
-
-
-def _decode(thing: Any) -> Any:
-    return thing.dense() if isinstance(thing, StaticHandle) else thing
-
-
-def _getitem(states: Any, index: Any) -> Any:
-    if not isinstance(states, StaticHandle) or states.form != "bhnd":
-        return NotImplemented
-    if not isinstance(index, tuple):
-        return NotImplemented
-    if len(index) == 5 and index[2] is None and states.repeats == 1:
-        whole = _is_all(index[0]) and _is_all(index[1]) and _is_all(index[3]) and _is_all(index[4])
-        return states.seen(form="bhrnd") if whole else NotImplemented
-    whole = len(index) <= 4 and all(_is_all(part) for part in index)
-    return states if whole else NotImplemented
-
-
-def _is_all(index: Any) -> bool:
-    return isinstance(index, slice) and index == slice(None)
-
-
-def _expand(states: Any, *sizes: Any) -> Any:
-    if not isinstance(states, StaticHandle) or states.form != "bhrnd" or states.repeats != 1:
-        return NotImplemented
-    sizes = tuple(sizes[0]) if isinstance(sizes[0], Sequence) else sizes
-    return states.seen(repeats=sizes[2]) if len(sizes) == 5 else NotImplemented
-
-
-def _reshape(states: Any, *sizes: Any) -> Any:
-    if not isinstance(states, StaticHandle) or states.form != "bhrnd":
-        return NotImplemented
-    sizes = tuple(sizes[0]) if isinstance(sizes[0], Sequence) else sizes
-    batch, heads, repeats, length, head_dim = states.shape
-    merged = sizes == (batch, heads * repeats, length, head_dim)
-    return states.seen(form="bhnd") if merged else NotImplemented
-
-
-def _repeat_interleave(states: Any, repeats: Any = None, dim: Any = None, **kwargs: Any) -> Any:
-    if not isinstance(states, StaticHandle) or states.form != "bhnd" or states.repeats != 1:
-        return NotImplemented
-    plain = isinstance(repeats, int) and dim in (1, -3) and not kwargs
-    return states.seen(repeats=repeats) if plain else NotImplemented
-
-
-def _to(states: Any, *args: Any, **kwargs: Any) -> Any:
-    only_dtype = len(args) == 1 and isinstance(args[0], torch.dtype) and not kwargs
-    if isinstance(states, StaticHandle) and only_dtype:
-        return states.seen(dtype=args[0])
-    return NotImplemented
-
-
-def _float(states: Any) -> Any:
-    return _to(states, torch.float32)
-
-
-def _contiguous(states: Any, **kwargs: Any) -> Any:
-    return states if isinstance(states, StaticHandle) else NotImplemented
-
-
-def _transpose(states: Any, dim0: int, dim1: int) -> Any:
-    if not isinstance(states, StaticHandle) or sorted((dim0 % 4, dim1 % 4)) != [2, 3]:
-        return NotImplemented
-    if states.form == "bhrnd":
-        return NotImplemented
-    return states.seen(form="bhdn" if states.form == "bhnd" else "bhnd")
-
-
-def _sdpa(
-    query: Any,
-    key: Any,
-    value: Any,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Any:
-    if not isinstance(key, StaticHandle) or not isinstance(value, StaticHandle):
-        return NotImplemented
-    if isinstance(query, StaticHandle) or (key.role, value.role) != ("key", "value"):
-        return NotImplemented
-    if (key.form, value.form) != ("bhnd", "bhnd") or key.records is not value.records:
-        return NotImplemented
-    if dropout_p or is_causal or (torch.is_grad_enabled() and query.requires_grad):
-        return NotImplemented
-    return key.attend(query, mask=attn_mask, scale=scale)
-
-
-def _matmul(left: Any, right: Any) -> Any:
-    # once here: below it would be decoded for the reshapes that a product is made of
-    return torch.matmul(_decode(left), _decode(right))
-
-
-ANSWERS: dict[Callable, Callable] = {
-    torch.Tensor.__getitem__: _getitem,
-    torch.Tensor.expand: _expand,
-    torch.Tensor.reshape: _reshape,
-    torch.Tensor.repeat_interleave: _repeat_interleave,
-    torch.repeat_interleave: _repeat_interleave,
-    torch.Tensor.to: _to,
-    torch.Tensor.float: _float,
-    torch.Tensor.contiguous: _contiguous,
-    torch.Tensor.transpose: _transpose,
-    torch.transpose: _transpose,
-    torch.matmul: _matmul,
-    torch.Tensor.matmul: _matmul,
-    torch.Tensor.__matmul__: _matmul,
-    F.scaled_dot_product_attention: _sdpa,
-}
+    def product(self, left: Any, right: Any) -> Any:
+        """See `StandIn`."""
+        # once here: below it would be decoded for the reshapes that a product is made of
+        return torch.matmul(decode(left, "matmul"), decode(right, "matmul"))

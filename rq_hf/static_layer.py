@@ -93,11 +93,12 @@ class RotorQuantStaticLayer(FixedLayer):
 
         Raises:
             ValueError: The states cannot be stored here; the layer is as it was. On a GPU a step
-                beyond `max_cache_len` tokens is not noticed, and states that were packed behind a
-                prompt and were not finite are told of to the next update of several tokens.
+                beyond `max_cache_len` tokens is not noticed, and stores nothing. Compiled steps,
+                and all on a GPU, note on the device that their states were not finite: the next
+                update of several tokens tells, as do `settle` and `check_steps`.
         """
         if self._pending is not None:
-            self.settle()
+            self._store_prompt()
         if self._steps and key_states.shape[2] == 1:
             return self._step(key_states, value_states)
         return self._store_many(key_states, value_states, torch.compiler.is_compiling())
@@ -107,30 +108,18 @@ class RotorQuantStaticLayer(FixedLayer):
         if not torch.compiler.is_compiling():
             self._check(key_states, value_states)
             self._takes_handles = self.config.path == "auto" and self.gives_handles()
-            self.count("step")
         static = self.static
         tensors = static.tensors_read
         append_(
             key_states.detach(),
             # autocast leaves values in half precision beside float32 keys
             value_states.detach().to(key_states.dtype),
-            tensors.exact_keys,
-            tensors.exact_values,
-            tensors.records,
-            tensors.scales,
-            tensors.counts,
-            tensors.pre_mean,
-            tensors.post_mean,
-            tensors.balance,
-            tensors.value_mean,
-            static.stored,
-            static.base,
-            static.sink_length,
-            self.config.residual_length,
-            self.max_cache_len,
+            *static.buffers,
+            *tensors.statistics,
             self._recipe,
         )
-        static.stored.add_(1)
+        static.buffers.length.add_(1)
+        self.count("step")
         options: dict[str, Any] = {
             "form": "bhnd",
             "repeats": 1,
@@ -149,6 +138,7 @@ class RotorQuantStaticLayer(FixedLayer):
     ) -> tuple[Tensor, Tensor]:
         """Stores the prompt, or several tokens behind it; `plain` asks for dense tensors."""
         self._check(key_states, value_states)
+        self.check_steps()
         self._check_room(key_states.shape[2])
         value_states = value_states.to(key_states.dtype)
         if not self.is_initialized:
@@ -156,7 +146,7 @@ class RotorQuantStaticLayer(FixedLayer):
         self._takes_handles = self.config.path == "auto" and self.gives_handles()
         if not self._steps and key_states.shape[2] == 1:
             # there is nothing to measure yet, and the host's mask is that of a step
-            self._begin(Preconditioner.identity(key_states))
+            self._begin(self.kept or Preconditioner.identity(key_states))
             return self._step(key_states, value_states)
         source = self._source_of_many(key_states, value_states)
         if self._takes_handles and not plain:
@@ -177,7 +167,6 @@ class RotorQuantStaticLayer(FixedLayer):
         """Stores tokens behind others; returns what their queries read."""
         static = self.static
         static.refresh()
-        self.read_largest()
         self.store = static.working_copy()
         try:
             # a full tail is packed here, where the next step would have packed it
@@ -214,19 +203,27 @@ class RotorQuantStaticLayer(FixedLayer):
         return self._recipe
 
     def settle(self) -> None:
-        """Stores the prompt, with what has been seen of its queries, and freezes statistics.
+        """Stores a prompt that waits for queries, and freezes statistics.
 
         Later it finds out from the device what is stored.
 
         Raises:
-            ValueError: On a GPU, later: keys or values of prompts were not finite; so it is until
-                `reset`.
+            ValueError: See `check_steps`.
         """
-        if self._pending is None:
-            if self.store is not None:
-                self.static.refresh()
-                self.read_largest()
-            return
+        if self._pending is not None:
+            self._store_prompt()
+        elif self.store is not None:
+            self.check_steps()
+            self.static.refresh()
+
+    def _store_prompt(self) -> None:
+        """Stores the prompt, with what has been seen of its queries, and freezes statistics."""
+        if torch.compiler.is_compiling():
+            raise ValueError(
+                f"{self.name}: the prompt waits for its attention still, and a compiled step "
+                "cannot store it: call get_mask_sizes() or describe() of the cache before the step"
+            )
+        assert self._pending is not None
         key, value = self._pending
         static = self.static
         self.store = static.working_copy()
@@ -239,15 +236,30 @@ class RotorQuantStaticLayer(FixedLayer):
         self._pending = None
         self._begin(preconditioner)
 
+    def check_steps(self) -> None:
+        """Looks at what steps have noted on the device, and waits for it.
+
+        Raises:
+            ValueError: They have stored numbers that are not finite; so it is until `reset`.
+        """
+        if self.store is not None and bool(self.static.buffers.not_finite):
+            raise ValueError(
+                f"{self.name}: decode steps have stored keys or values that are NaN or infinite, "
+                "and what was generated from them on is of no use; look at the model's inputs, "
+                "weights and dtype, reset() the cache and run the prompt again"
+            )
+
     def _freeze(self) -> Preconditioner:
         """Sets the sinks and returns the statistics, while nothing is packed yet."""
         store, count = self._store, self._store.sink_length
         rows = store.exact.view()
         if rows[0].shape[2] < count:
-            return Preconditioner.identity(rows[0])
+            return self.kept or Preconditioner.identity(rows[0])
         sinks, self.padding = self._find_sinks(rows)
         rest = [x[:, :, count:] for x in rows]
         store.replace_exact(*(torch.cat(parts, 2) for parts in zip(sinks, rest, strict=True)))
+        if self.kept is not None:
+            return self.kept
         if rest[0].shape[2] < MIN_STATISTICS:
             return Preconditioner.identity(rows[0])
         return self._measure(rest, self.padding)
@@ -263,15 +275,8 @@ class RotorQuantStaticLayer(FixedLayer):
         # from here on these are the tensors that steps read
         self.preconditioner = self.static.preconditioner(recipe.rope)
         self.padding = None if self.padding is None else self.static.tensors_read.padding
-        exact_keys, exact_values, records, scales = self.static.tensors_read[:4]
         make_constants(
-            recipe.codec,
-            self.preconditioner,
-            (exact_keys, exact_values),
-            (records, scales),
-            sink_length=self.static.sink_length,
-            residual_length=self.config.residual_length,
-            impl=self.config.impl,
+            recipe.codec, self.preconditioner, self.static.buffers, impl=self.config.impl
         )
         self._steps = True
 
@@ -307,7 +312,7 @@ class RotorQuantStaticLayer(FixedLayer):
         """Returns the tokens of a sequence so far: 0, or a tensor that steps count up in."""
         if self._pending is not None:
             return self._pending[0].shape[2]
-        return self.static.stored if self._steps else 0
+        return self.static.buffers.length if self._steps else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Returns length and offset of the keys that `query_length` new tokens will see."""
@@ -319,11 +324,17 @@ class RotorQuantStaticLayer(FixedLayer):
         """Returns `max_cache_len`."""
         return self.max_cache_len
 
-    def reset(self) -> None:
-        """Forgets all tokens; buffers stay, and with them batch size, dtype and device."""
-        store, codec = self.store, self.codec
+    def reset(self, keep_statistics: bool = False) -> None:
+        """Forgets all tokens; buffers stay, and with them batch size, dtype and device.
+
+        Args:
+            keep_statistics: Pack the next prompt with the statistics of this one, see
+                `RotorQuantLayer.reset`.
+        """
+        store, codec, kept = self.store, self.codec, self.preconditioner or self.kept
         self.forget()
         self.store, self.codec = store, codec
+        self.kept = kept if keep_statistics else None
         self._pending, self._steps = None, False
         if store is not None:
             self.static.clear()
@@ -352,9 +363,11 @@ class RotorQuantStaticLayer(FixedLayer):
             self.settle()
         # whole buffers, so that the device is not asked what is in use
         self.static.reorder(indices)
-        if self.preconditioner is not None:
-            # what was made of the statistics is kept by their object
-            self.preconditioner = replace(self.preconditioner)
+        # what was made of the statistics is kept by their object
+        self.preconditioner, self.kept = (
+            None if statistics is None else replace(statistics)
+            for statistics in (self.preconditioner, self.kept)
+        )
 
     def check_indices(self, indices: Tensor) -> Tensor:
         """Returns the sequences that `batch_select_indices` takes as int64 `[B]`.

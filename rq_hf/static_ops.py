@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rq_hf.ops import ExactRows, LayerView, attend
-from rq_hf.ops.append import append
+from rq_hf.ops.append import Buffers, append
 from rq_hf.quant.preconditioning import Preconditioner
 from rq_hf.quant.rope import RopeTable
 from rq_hf.quant.tiles import TileCodec
@@ -64,6 +64,11 @@ class StaticTensors(NamedTuple):
     post_mean: Tensor
     balance: Tensor
     value_mean: Tensor
+
+    @property
+    def statistics(self) -> tuple[Tensor, ...]:
+        """`pre_mean`, `post_mean`, `balance` and `value_mean`."""
+        return self[-4:]
 
     def preconditioner(self, rope: RopeTable | None) -> Preconditioner:
         """Returns the statistics."""
@@ -118,45 +123,46 @@ def _append(
     records: Tensor,
     scales: Tensor,
     counts: Tensor,
-    pre_mean: Tensor,
-    post_mean: Tensor,
-    balance: Tensor,
-    value_mean: Tensor,
+    not_finite: Tensor,
     length: Tensor,
     base: Tensor,
     sink_length: int,
     residual_length: int,
     max_length: int,
+    pre_mean: Tensor,
+    post_mean: Tensor,
+    balance: Tensor,
+    value_mean: Tensor,
     recipe: str,
 ) -> None:
-    """Stores one token a sequence, see `rq_hf.ops.append`.
+    """Stores one token a sequence, see `rq_hf.ops.append`: key, value, `Buffers`, statistics.
 
     Raises:
-        ValueError: There is no room for `max_length + 1` tokens. Seen on a CPU only: elsewhere the
-            length would have to be waited for.
+        ValueError: There is no room for another token. Seen on a CPU only: elsewhere the length
+            would have to be waited for.
     """
     if length.device.type == "cpu" and int(length) >= max_length:
         raise ValueError(
             f"the cache is full: it holds max_cache_len = {max_length} tokens; make one with a "
             "larger max_cache_len"
         )
-    of = _recipes[recipe]
-    append(
-        of.codec,
-        Preconditioner(pre_mean, post_mean, balance, value_mean, of.rope),
-        key,
-        value,
+    # the schema of an operator has no tuples
+    buffers = Buffers(
         exact_keys,
         exact_values,
         records,
         scales,
+        counts,
+        not_finite,
         length,
         base,
-        counts,
-        sink_length=sink_length,
-        residual_length=residual_length,
-        impl=of.impl,
+        sink_length,
+        residual_length,
+        max_length,
     )
+    of = _recipes[recipe]
+    statistics = Preconditioner(pre_mean, post_mean, balance, value_mean, of.rope)
+    append(of.codec, statistics, key, value, buffers, impl=of.impl)
 
 
 def _attend(
@@ -225,7 +231,7 @@ class _Places:
 _append_op = torch.library.custom_op(
     "rq_hf::append_",
     _append,
-    mutates_args=("exact_keys", "exact_values", "records", "scales", "counts"),
+    mutates_args=("exact_keys", "exact_values", "records", "scales", "counts", "not_finite"),
 )
 _attend_op = torch.library.custom_op("rq_hf::attend_static", _attend, mutates_args=())
 _decode_op = torch.library.custom_op("rq_hf::decode_static", _decode, mutates_args=())

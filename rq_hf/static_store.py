@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rq_hf.quant.preconditioning import Preconditioner
 from rq_hf.quant.rope import RopeTable
-from rq_hf.static_ops import StaticTensors
+from rq_hf.static_ops import Buffers, StaticTensors
 from rq_hf.storage import LayerStore, RowBuffer
 
 
@@ -25,8 +25,7 @@ class StaticStore(LayerStore):
 
     Attributes:
         tensors_read: What attention reads.
-        stored: Tokens of a sequence, int64, one number.
-        base: Those that were packed when the host last packed some, int64, one number.
+        buffers: What steps store in; `exact` and `tiles`, and `counts` of `tensors_read`, again.
     """
 
     def __init__(self, empty: LayerStore, residual_length: int, max_length: int) -> None:
@@ -42,22 +41,24 @@ class StaticStore(LayerStore):
             exact=RowBuffer(*exact),
             tiles=RowBuffer(*packed),
         )
-        self.max_length = max_length
         neutral = Preconditioner.identity(exact[0])
         with torch.inference_mode(False):
-            batch = exact[0].new_zeros(exact[0].shape[0], dtype=torch.int64)
-            self.stored, self.base = (batch.new_zeros(()) for _ in range(2))
-            counts = batch.new_zeros(4, dtype=torch.int32)
+            padding = exact[0].new_zeros(exact[0].shape[0], dtype=torch.int64)
+            counts, not_finite = (padding.new_zeros(n, dtype=torch.int32) for n in ((4,), ()))
+            stored, base = (padding.new_zeros(()) for _ in range(2))
             statistics = (tensor.clone() for tensor in _statistics(neutral))
-            self.tensors_read = StaticTensors._make((*exact, *packed, counts, batch, *statistics))
-        for tensor in (*self.tensors_read, self.stored, self.base):
+        self.tensors_read = StaticTensors._make((*exact, *packed, counts, padding, *statistics))
+        numbers = (counts, not_finite, stored, base)
+        sizes = (empty.sink_length, residual_length, max_length)
+        self.buffers = Buffers._make((*exact, *packed, *numbers, *sizes))
+        for tensor in (*self.tensors_read, *numbers):
             torch._dynamo.mark_static_address(tensor)
 
     @property
     def changed_by_steps(self) -> list[Tensor]:
         """What a step changes; in the buffers of tiles it writes free rows alone."""
-        tensors = self.tensors_read
-        return [tensors.exact_keys, tensors.exact_values, tensors.counts, self.stored]
+        own = self.buffers
+        return [own.exact_keys, own.exact_values, own.counts, own.not_finite, own.length]
 
     def refresh(self) -> None:
         """Reads from the device what is in use."""
@@ -66,10 +67,9 @@ class StaticStore(LayerStore):
 
     def clear(self) -> None:
         """Forgets all tokens; the buffers stay where they are."""
-        self.stored.zero_()
-        self.base.zero_()
-        self.tensors_read.counts.zero_()
-        self.tensors_read.padding.zero_()
+        own = self.buffers
+        for tensor in (own.length, own.base, own.counts, own.not_finite, self.tensors_read.padding):
+            tensor.zero_()
         self.exact.length = self.tiles.length = self.packed_length = 0
 
     def working_copy(self) -> LayerStore:
@@ -93,8 +93,8 @@ class StaticStore(LayerStore):
             mine[:, :, : copy.exact.length] = new
         self.exact.length, self.tiles.length = copy.exact.length, copy.tiles.length
         self.packed_length = copy.packed_length
-        self.stored.fill_(copy.length)
-        self.base.fill_(copy.packed_length)
+        self.buffers.length.fill_(copy.length)
+        self.buffers.base.fill_(copy.packed_length)
         counts = (copy.sinks, copy.tail, copy.packed_length, copy.tiles.length)
         # one by one: a copy from the host would wait for the device
         for i, count in enumerate(counts):
@@ -103,8 +103,7 @@ class StaticStore(LayerStore):
     def set_statistics(self, preconditioner: Preconditioner, padding: Tensor | None) -> None:
         """Sets what tiles are packed and read with."""
         tensors = self.tensors_read
-        mine = _statistics(tensors.preconditioner(None))
-        for old, new in zip(mine, _statistics(preconditioner), strict=True):
+        for old, new in zip(tensors.statistics, _statistics(preconditioner), strict=True):
             old.copy_(new)
         tensors.padding.copy_(padding if padding is not None else torch.zeros_like(tensors.padding))
 

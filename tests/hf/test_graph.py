@@ -28,10 +28,10 @@ from support.static import (
 )
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, PreTrainedModel
 from transformers.cache_utils import StaticSlidingWindowLayer
 
-from rq_hf import RotorQuantStaticCache, cuda_graph, graph
+from rq_hf import RotorQuantStaticCache, cuda_graph, graph, layers
 from rq_hf.graph import GraphedSteps
 from rq_hf.graph_state import CacheState
 from rq_hf.static_exact import ExactStaticSlidingLayer
@@ -421,6 +421,73 @@ def test_what_is_refused(device: str) -> None:
         cuda_graph(torch.nn.Linear(1, 1), cache).__enter__()  # type: ignore[arg-type]
     # it is free again
     with cuda_graph(second, cache):
+        pass
+
+
+@torch.no_grad()
+def test_steps_that_are_not_finite_are_told_of_in_the_end(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # as on a GPU, where single tokens are not looked at
+    monkeypatch.setattr(layers, "looks_at_once", lambda device: False)
+    model, tokens = make_model("llama").to(device), make_tokens(LENGTH, batch=2).to(device)
+    cache = static(model)
+    embeds = model.get_input_embeddings()(tokens[:, :1])
+
+    def run(steps: int) -> None:
+        cache.reset()
+        model(tokens, past_key_values=cache)
+        for at in range(5):
+            factor = torch.nan if at in range(steps, 4) else 1.0
+            model(inputs_embeds=embeds * factor, past_key_values=cache)
+
+    for steps in (0, 1, 2):
+        with (
+            pytest.raises(ValueError, match="layer 0: decode steps have stored"),
+            cuda_graph(model, cache),
+        ):
+            run(steps)
+        assert "forward" not in vars(model)
+    with pytest.raises(RuntimeError, match="another error"), cuda_graph(model, cache):
+        run(1)
+        raise RuntimeError("another error")
+    with cuda_graph(model, cache):
+        run(1)
+        run(4)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_loops_that_run_on_read_what_is_there() -> None:
+    model, tokens = make_model("llama").to("cuda"), make_tokens(LENGTH, batch=2).to("cuda")
+    # beyond the last tile and the rows of the tail, were they written to
+    for settings in ({}, {"layer_bits": {0: 16, 1: 4}}):
+        cache = static(model, LENGTH + 3, **settings)
+        with cuda_graph(model, cache):
+            model(tokens, past_key_values=cache)
+            for at in range(400):
+                logits = model(tokens[:, at % LENGTH, None], past_key_values=cache).logits
+            assert steps_of(model).replayed == 399
+        assert bool(logits.isfinite().all())
+        assert int(cache.get_seq_length(1)) == LENGTH + 400
+        for layer in cache.packed_layers:
+            assert sum(layer.static.buffers.counts.tolist()[:3]) == LENGTH + 3
+        with pytest.raises(ValueError, match=f"{LENGTH + 400} tokens and 5 new ones are more"):
+            model(tokens[:, :5], past_key_values=cache)
+
+
+class Empty(PreTrainedModel):
+    """A model without parameters."""
+
+    config_class = LlamaConfig
+
+
+def test_models_without_parameters() -> None:
+    cache = static(make_model("llama"))
+    with (
+        pytest.raises(ValueError, match="on one CUDA device, got one without parameters"),
+        cuda_graph(Empty(LlamaConfig()), cache),
+    ):
         pass
 
 

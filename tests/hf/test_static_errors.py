@@ -12,7 +12,8 @@ from support.models import make_model, make_tokens
 from support.static import LENGTH, compiled, forget_compiled, generate, make_prompt, static
 from transformers import PreTrainedModel
 
-from rq_hf import RotorQuantConfig, RotorQuantStaticCache
+from rq_hf import RotorQuantConfig, RotorQuantStaticCache, layers
+from rq_hf.static_exact import ExactStaticLayer
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +136,64 @@ def test_refused_changes_leave_the_hosts_layers_as_they_were() -> None:
         assert torch.equal(layer.keys, keys[[1, 1]])
     for layer in cache.packed_layers:
         assert torch.equal(layer.keys[0], layer.keys[1])
+
+
+@torch.no_grad()
+def test_steps_that_were_not_finite(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # as on a GPU, where single tokens are not looked at
+    monkeypatch.setattr(layers, "looks_at_once", lambda device: False)
+    cache = static(model)
+    tokens = make_tokens(LENGTH)
+    model(tokens, past_key_values=cache)
+    first = cache.packed_layers[0]
+    bad = torch.zeros(2, 1, 2, 1, 64)
+    for layer_idx in (0, 1):
+        cache.update(*bad, layer_idx)
+        bad[1, 0, 1, 0, 5] = torch.inf
+    model(tokens[:, :1], past_key_values=cache)
+    calls: tuple[Any, ...] = (
+        lambda: model(tokens[:, :3], past_key_values=cache),
+        cache.describe,
+        cache.memory,
+        cache.check_steps,
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=r"layer 1: decode steps .* NaN .* reset\(\)"):
+            call()
+        # nor was the layer before it changed
+        assert int(first.get_seq_length()) == LENGTH + 2
+    cache.reset(keep_statistics=True)
+    assert first.kept is not None
+    model(tokens[:, :50], past_key_values=cache)
+    assert "layer 1" in cache.describe() and int(cache.get_seq_length()) == 50
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+def test_exact_layers_beside_packed_ones(compiling: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = ExactStaticLayer(6)
+    states = torch.randn(2, 1, 2, 7, 16)
+    with pytest.raises(ValueError, match="0 tokens and 7 new ones are more than max_cache_len = 6"):
+        layer.update(*states)
+    assert not layer.is_initialized
+    layer.update(*states[:, :, :, :5])
+    with pytest.raises(ValueError, match="5 tokens and 2 new ones are more than"):
+        layer.update(*states[:, :, :, :2])
+    key, value = layer.update(*states[:, :, :, 5:6])
+    assert torch.equal(torch.stack((key, value)), states[:, :, :, :6])
+    if compiling:
+        # nobody waits for the length, and nothing is written elsewhere
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        for _ in range(3):
+            layer.update(*states[:, :, :, 6:])
+        assert torch.equal(torch.stack((key, value)), states[:, :, :, [0, 1, 2, 3, 4, 6]])
+        return
+    for _ in range(2):
+        with pytest.raises(ValueError, match="6 tokens and 1 new ones are more than"):
+            layer.update(*states[:, :, :, 6:])
+    assert int(layer.get_seq_length()) == 6
+    assert torch.equal(torch.stack((key, value)), states[:, :, :, :6])
 
 
 def test_speculation(model: PreTrainedModel) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.integrations.sdpa_attention import repeat_kv
 
+from rq_hf import layers
 from rq_hf.config import RotorQuantConfig
 from rq_hf.handle import Handle
 from rq_hf.layers import RotorQuantLayer
@@ -167,28 +168,116 @@ def test_layers_alike_read_the_tables_of_one() -> None:
         assert layer.preconditioner.rope is recipe_of(layer.recipe).rope
 
 
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The numbers of single tokens are not looked at."""
+    monkeypatch.setattr(layers, "looks_at_once", lambda device: False)
+
+
 @pytest.mark.parametrize("which", [0, 1])
-def test_packed_states_on_a_gpu_that_are_not_finite_stop_the_next_part(
-    which: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Tensor, "is_cuda", property(lambda tensor: True))
+def test_prompts_that_are_not_finite_are_refused(which: int, device: torch.device) -> None:
     layer = RotorQuantStaticLayer(RotorQuantConfig(path="dense", **SETTINGS["4 bits"]), ROOM)
-    states = make_states(150, 0)
+    states = [x.to(device) for x in make_states(150, 0)]
     states[which][1, 1, 20, 3] = torch.nan
-    layer.update(*states)
-    # a step waits for nothing
-    layer.update(*make_states(1, 1))
+    with pytest.raises(ValueError, match=r"layer 0: 1 of .* new (key|value) numbers are NaN"):
+        layer.update(*states)
+    assert layer.get_seq_length() == 0 and layer.store is None
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_steps_that_are_not_finite_stop_the_next_part(
+    which: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_on_a_gpu(monkeypatch)
+    layer = RotorQuantStaticLayer(RotorQuantConfig(path="dense", **SETTINGS["4 bits"]), ROOM)
+
+    def states(tokens: int, seed: int) -> list[Tensor]:
+        return [x.to(device) for x in make_states(tokens, seed)]
+
+    layer.update(*states(150, 0))
+    layer.check_steps()
+    bad = states(1, 1)
+    bad[which][1, 1, 0, 3] = torch.nan
+    # steps wait for nothing
+    for new in (bad, states(1, 2)):
+        layer.update(*new)
     before = [tensor.clone() for tensor in layer.static.tensors_read]
-    for _ in range(2):
-        with pytest.raises(ValueError, match=f"layer 0: {('keys', 'values')[which]} that are"):
-            layer.update(*make_states(70, 2))
+    for call in (lambda: layer.update(*states(70, 3)), layer.settle, layer.check_steps):
+        with pytest.raises(ValueError, match=r"layer 0: decode steps .* NaN .* reset\(\)"):
+            call()
     for mine, old in zip(layer.static.tensors_read, before, strict=True):
         torch.testing.assert_close(mine, old, rtol=0, atol=0, equal_nan=True)
-    assert int(layer.get_seq_length()) == 151
+    assert int(layer.get_seq_length()) == 152
     layer.reset()
     for seed, tokens in enumerate((150, 1, 70)):
-        key, _ = layer.update(*make_states(tokens, seed))
+        key, _ = layer.update(*states(tokens, seed))
     assert key.shape[2] == 221 and bool(key.isfinite().all())
+
+
+def test_steps_count_when_they_are_done() -> None:
+    layer = RotorQuantStaticLayer(RotorQuantConfig(path="dense", **SETTINGS["4 bits"]), 151)
+    layer.update(*make_states(150, 0))
+    layer.update(*make_states(1, 1))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="holds max_cache_len = 151 tokens"):
+            layer.update(*make_states(1, 2))
+    assert layer.calls["step"] == 1 and int(layer.get_seq_length()) == 151
+
+
+def test_a_prompt_that_waits_is_not_stored_by_a_compiled_step() -> None:
+    layer = RotorQuantStaticLayer(RotorQuantConfig(**SETTINGS["4 bits"]), ROOM)
+    layer.update(*make_states(150, 0))
+    assert layer.is_waiting
+    query = make_query(1, 1)[:, :HEADS]
+
+    def step(*states: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(query, *layer.update(*states))
+
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="layer 0: the prompt waits for its attention still"):
+        torch.compile(step, fullgraph=True, backend="eager")(*make_states(1, 1))
+    assert layer.is_waiting and layer.get_seq_length() == 150
+    layer.settle()
+    step(*make_states(1, 1))
+    assert int(layer.get_seq_length()) == 151
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_masks_of_steps_have_a_column_for_each_token(compiles: bool) -> None:
+    key, value, tokens = static_handles(0, **SETTINGS["4 bits"])
+    query = make_query(1, 3)[:, :HEADS]
+
+    def attention(mask: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value, mask)
+
+    torch._dynamo.reset()
+    run = torch.compile(attention, fullgraph=True, backend="eager") if compiles else attention
+    wide = make_mask(1, ROOM, tokens, 0)
+    assert run(wide).shape == query.shape
+    # enough for the tokens that there are, not for those that a step may add
+    for columns in (tokens, ROOM - 1, 1):
+        # a size may be a symbol
+        with pytest.raises(Exception, match=rf"has \w+ columns, .* of the {ROOM} tokens"):
+            run(wide[..., :columns])
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 20, 150])
+def test_statistics_may_be_kept(tokens: int) -> None:
+    config = RotorQuantConfig(**SETTINGS["4 bits"])
+    rope = RopeTable(10_000.0 ** -torch.arange(0, 1, 2 / HEAD_DIM))
+    layer = RotorQuantStaticLayer(config, ROOM, rope=rope)
+    layer.update(*make_states(150, 0))
+    layer.settle()
+    tensors = layer.static.tensors_read
+    kept = [x.clone() for x in tensors.statistics]
+    assert bool(kept[-1].any())
+    for keep in (True, True, False):
+        layer.reset(keep_statistics=keep)
+        layer.update(*make_states(tokens, 1))
+        layer.settle()
+        assert layer.static.tensors_read is tensors
+        same = all(torch.equal(*pair) for pair in zip(tensors.statistics, kept, strict=True))
+        assert same == keep
+        assert int(layer.get_seq_length()) == tokens
 
 
 def static_handles(padding: int, **settings: Any) -> tuple[StaticHandle, StaticHandle, int]:
@@ -277,10 +366,11 @@ def test_operators_keep_the_rules_of_operators() -> None:
     torch.library.opcheck(
         operators.decode_static.default, (tensors, ROOM, *numbers), test_utils=tests
     )
-    length, base = torch.tensor(tokens), torch.tensor(128)
+    counted = (torch.zeros((), dtype=torch.int32), torch.tensor(tokens), torch.tensor(128))
     clones = [tensor.clone() for tensor in tensors]
+    buffers = (*clones[:5], *counted, 4, 16, ROOM)
     torch.library.opcheck(
         operators.append_.default,
-        (*make_states(1, 0), *clones[:5], *clones[6:], length, base, 4, 16, ROOM, key.recipe),
+        (*make_states(1, 0), *buffers, *clones[6:], key.recipe),
         test_utils=tests,
     )

@@ -3,30 +3,20 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from rq_hf.config import RotorQuantConfig
-from rq_hf.ops.append import append
+from rq_hf.ops.append import Buffers, append
 from rq_hf.packed_states import PackedStates
 from rq_hf.quant.preconditioning import Preconditioner
 from rq_hf.quant.rope import RopeTable
 
 BATCH, HEADS, HEAD_DIM = 2, 2, 64
 TILES = 6
-
-
-class Buffers(NamedTuple):
-    exact_keys: Tensor
-    exact_values: Tensor
-    records: Tensor
-    scales: Tensor
-    length: Tensor
-    base: Tensor
-    counts: Tensor
 
 
 def make_states(tokens: int, device: torch.device) -> list[Tensor]:
@@ -69,27 +59,24 @@ def start(prompt: int, device: torch.device, **settings: Any) -> tuple[PackedSta
             dtype=torch.float16,
             device=device,
         ),
+        torch.zeros(4, dtype=torch.int32, device=device),
+        torch.zeros((), dtype=torch.int32, device=device),
         torch.tensor(prompt, device=device),
         torch.tensor(store.packed_length, device=device),
-        torch.zeros(4, dtype=torch.int32, device=device),
+        config.sink_length,
+        config.residual_length,
+        TILES * store.tile_length,
     )
-    for mine, theirs in zip(buffers, (*store.exact.view(), *store.tiles.view()), strict=False):
+    for mine, theirs in zip(buffers[:4], (*store.exact.view(), *store.tiles.view()), strict=True):
         mine[:, :, : theirs.shape[2]] = theirs
     return states, buffers
 
 
-def step(states: PackedStates, buffers: Buffers, key: Tensor, value: Tensor) -> None:
-    config = states.config
-    append(
-        states.codec,  # type: ignore[arg-type]
-        states.preconditioner,  # type: ignore[arg-type]
-        key,
-        value,
-        *buffers,
-        sink_length=config.sink_length,
-        residual_length=config.residual_length,
-        impl="reference",
-    )
+def step(
+    states: PackedStates, buffers: Buffers, key: Tensor, value: Tensor, impl: str = "reference"
+) -> None:
+    assert states.codec is not None and states.preconditioner is not None
+    append(states.codec, states.preconditioner, key, value, buffers, impl=impl)
     buffers.length.add_(1)
 
 
@@ -122,19 +109,48 @@ def test_every_step_holds_what_the_growing_store_holds(
         expected = [store.sinks, store.tail, store.packed_length, store.tiles.length]
         assert buffers.counts.tolist() == expected
         held = (*store.exact.view(), *store.tiles.view())
-        for mine, theirs in zip(buffers, held, strict=False):
+        for mine, theirs in zip(buffers[:4], held, strict=True):
             assert torch.equal(mine[:, :, : theirs.shape[2]], theirs)
         states.pack()
     assert store.packed_length - before >= 2 * store.tile_length
 
 
-def test_full_buffers_are_refused(device: torch.device) -> None:
+IMPLS = ["reference", "triton"]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("beyond", [0, 1, 63, 64, 10_000])
+def test_a_loop_that_runs_on_changes_nothing(beyond: int, impl: str, device: torch.device) -> None:
+    pytest.importorskip("triton")
+    states, buffers = start(4, device, nbits=4, residual_length=16)
+    buffers = buffers._replace(max_length=64 * TILES - 3)
+    buffers.length.fill_(buffers.max_length - 1)
+    step(states, buffers, *make_states(1, device), impl=impl)
+    counts = buffers.counts.tolist()
+    assert counts[0] + counts[1] + counts[2] == buffers.max_length
+    before = [tensor.clone() for tensor in buffers[:6]]
+    buffers.length.add_(beyond)
+    step(states, buffers, *make_states(1, device), impl=impl)
+    for mine, old in zip(buffers[:6], before, strict=True):
+        torch.testing.assert_close(mine, old, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("which", [0, 1])
+def test_tokens_that_are_not_finite_are_noted(
+    which: int, number: float, impl: str, device: torch.device
+) -> None:
+    pytest.importorskip("triton")
     states, buffers = start(4, device, nbits=4, residual_length=0)
-    key, value = make_states(1, device)
-    buffers.base.fill_(64 * TILES)
-    buffers.length.fill_(64 * TILES + 4 + 64)
-    with pytest.raises(ValueError, match="room for 6 tiles of 64 tokens"):
-        step(states, buffers, key, value)
+    step(states, buffers, *make_states(1, device), impl=impl)
+    assert buffers.not_finite.tolist() == 0
+    new = make_states(1, device)
+    new[which][1, 1, 0, -1] = number
+    step(states, buffers, *new, impl=impl)
+    assert buffers.not_finite.tolist() == 1
+    step(states, buffers, *make_states(1, device), impl=impl)
+    assert buffers.not_finite.tolist() == 1
 
 
 def test_shapes_are_checked(device: torch.device) -> None:
@@ -144,6 +160,8 @@ def test_shapes_are_checked(device: torch.device) -> None:
     with pytest.raises(ValueError, match="must have 68 rows"):
         short = buffers._replace(exact_keys=buffers.exact_keys[:, :, 1:])
         step(states, short, *make_states(1, device))
+    with pytest.raises(ValueError, match="no room for 453 tokens"):
+        step(states, buffers._replace(max_length=453), *make_states(1, device))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run here")
@@ -151,12 +169,4 @@ def test_kernels_that_cannot_run_are_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     states, buffers = start(4, torch.device("cpu"), nbits=4, residual_length=0)
     with pytest.raises(ValueError, match="impl='triton' cannot run"):
-        append(
-            states.codec,  # type: ignore[arg-type]
-            states.preconditioner,  # type: ignore[arg-type]
-            *make_states(1, torch.device("cpu")),
-            *buffers,
-            sink_length=4,
-            residual_length=0,
-            impl="triton",
-        )
+        step(states, buffers, *make_states(1, torch.device("cpu")), impl="triton")

@@ -3,16 +3,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from support.compile import compile_call, outside_interpreter
+from support.driver import fake_driver
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from rq_hf.ops.append import append
+from rq_hf.ops.append import Buffers, append
 from rq_hf.quant.preconditioning import Preconditioner
 from rq_hf.quant.rope import RopeTable
 from rq_hf.quant.tiles import TileCodec
@@ -26,6 +28,7 @@ BEFORE, BEHIND = 2, 3
 CASES: dict[str, tuple[int, int, torch.dtype, dict[str, Any]]] = {
     "3 bits": (64, 40, torch.float32, {}),
     "as many kept as a tile has": (128, 128, torch.bfloat16, {}),
+    "more, in blocks that overlap": (64, 200, torch.float16, {"key_bits": 4, "value_bits": 4}),
     "more": (128, 150, torch.bfloat16, {"key_bits": 2, "value_bits": 4, "rope": False}),
     "none kept": (64, 0, torch.float16, {"key_bits": 4, "value_bits": 4}),
     "plain order": (80, 40, torch.float32, {"rotary": 0.5}),
@@ -54,9 +57,12 @@ def run(device: torch.device, case: str, impl: str) -> dict[str, Tensor]:
     records = torch.zeros(BATCH, HEADS, TILES, layout.record_words, dtype=torch.int32)
     scales = torch.zeros(BATCH, HEADS, TILES, layout.scale_rows, length, dtype=torch.float16)
     records, scales = records.to(device), scales.to(device)
-    counts = torch.zeros(4, dtype=torch.int32, device=device)
+    counts, not_finite = (torch.zeros(n, dtype=torch.int32, device=device) for n in ((4,), ()))
     packed = torch.tensor(base * length, device=device)
     stored = packed + SINKS + kept + length - BEFORE
+    room = rows[2] + TILES * length
+    numbers = (counts, not_finite, stored, packed, SINKS, kept, room)
+    buffers = Buffers(*exact, records, scales, *numbers)
     history = []
     for step in range(BEFORE + length + BEHIND):
         near_a_tile = min(abs(step - BEFORE), abs(step - BEFORE - length)) <= BEHIND
@@ -64,14 +70,7 @@ def run(device: torch.device, case: str, impl: str) -> dict[str, Tensor]:
             codec,
             pre,
             *(random(BATCH, HEADS, 1, head_dim).to(dtype) for _ in range(2)),
-            *exact,
-            records,
-            scales,
-            stored,
-            packed,
-            counts,
-            sink_length=SINKS,
-            residual_length=kept,
+            buffers,
             impl=impl if near_a_tile else "reference",
         )
         stored += 1
@@ -113,34 +112,51 @@ def test_steps_leave_what_the_reference_leaves(case: str, device: torch.device) 
     torch.testing.assert_close(actual["scales"], expected["scales"], rtol=0.1, atol=0)
 
 
-def make_arguments(dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the launch passes, but for the numbers on the device, and its options."""
-    from rq_hf.ops.triton.append_launch import append_arguments
-
-    codec = TileCodec(128, key_bits=3, value_bits=3, rotation="hadamard")
+def make_call(dtype: torch.dtype, seed: int = 0) -> tuple[Any, ...]:
+    """Arguments of `append_tokens`, tensors of their own each time."""
+    torch.manual_seed(seed)
+    codec = make_codec()
     layout = codec.layout
-    new, exact = (torch.zeros(BATCH, HEADS, n, 128, dtype=dtype) for n in (1, SINKS + 256))
-    return append_arguments(
-        codec,
-        make_preconditioner(torch.randn, 128, 1.0),
-        new,
-        new,
-        exact,
-        exact,
+    new, value, keys, values = (
+        torch.randn(BATCH, HEADS, n, 128).to(dtype) for n in (1, 1, *2 * (SINKS + 256,))
+    )
+    buffers = Buffers(
+        keys,
+        values,
         torch.zeros(BATCH, HEADS, TILES, layout.record_words, dtype=torch.int32),
         torch.zeros(BATCH, HEADS, TILES, layout.scale_rows, 128, dtype=torch.float16),
-        sink_length=SINKS,
-        residual_length=128,
+        *(torch.zeros(n, dtype=torch.int32) for n in ((4,), ())),
+        *(torch.zeros((), dtype=torch.int64) for _ in range(2)),
+        SINKS,
+        128,
+        TILES * 128,
     )
+    return codec, make_statistics(), new, value, buffers
+
+
+@cache
+def make_codec() -> TileCodec:
+    return TileCodec(128, key_bits=3, value_bits=3, rotation="hadamard")
+
+
+@cache
+def make_rope() -> RopeTable:
+    return RopeTable(10000.0 ** -torch.linspace(0, 1, 64, dtype=torch.float64))
+
+
+def make_statistics() -> Preconditioner:
+    return replace(make_preconditioner(torch.randn, 128, 1.0), rope=make_rope())
 
 
 def compiled_usage(dtype: str, capability: int) -> dict[str, int]:
     """What the kernel takes of a GPU; called where Triton does not interpret."""
+    from rq_hf.ops.triton import append_launch
     from rq_hf.ops.triton.append import append_kernel
 
-    arguments, options = make_arguments(getattr(torch, dtype))
-    arguments |= {"LENGTH": torch.zeros(1, dtype=torch.int64), "heads": 8, "tiles": 256}
-    arguments |= {"BASE": arguments["LENGTH"], "COUNTS": torch.zeros(4, dtype=torch.int32)}
+    codec, pre, key, value, buffers = make_call(getattr(torch, dtype))
+    tables, options = append_launch.shared_arguments(codec, pre, buffers)
+    new = append_launch.rows_of(key), append_launch.rows_of(value)
+    arguments = append_launch._arguments(pre, new, buffers, tables) | {"heads": 8, "tiles": 256}
     return asdict(compile_call(append_kernel, arguments, capability=capability, **options))
 
 
@@ -154,13 +170,57 @@ def test_graphs_keep_tables_and_no_buffers(monkeypatch: pytest.MonkeyPatch) -> N
         "keep_for_graphs",
         lambda kept, device: tables.keep_for_graphs(kept, torch.device("cuda")),
     )
-    arguments, _ = make_arguments(torch.bfloat16)
-    names = ("new_keys", "new_values", "statistics")
-    buffers = ("EXACT_KEYS", "EXACT_VALUES", "RECORDS", "SCALES", "SCRATCH")
-    read = {name: x for name, x in arguments.items() if name not in names + buffers}
+    codec, pre, key, value, buffers = make_call(torch.bfloat16)
+    append_launch.append_tokens(codec, pre, key, value, buffers)
+    read, _ = append_launch.shared_arguments(codec, pre, buffers)
     constant = {id(x) for x in tree_leaves(read) if isinstance(x, Tensor)}
-    assert {id(x) for x in arguments["turns"][:4]} < constant
+    assert {id(x) for x in read["turns"][:4]} < constant
     assert constant == set(tables._in_graphs)
+
+
+def launched_again() -> dict[str, list[Any]]:
+    """Arguments of launches, and of those made for the first time in place of each.
+
+    Called where Triton does not interpret.
+    """
+    from rq_hf.ops.triton import append_launch
+
+    first = make_call(torch.bfloat16)
+    other_layer = make_call(torch.bfloat16, 1)
+    other_token = (*first[:2], *make_call(torch.bfloat16, 2)[2:4], first[4])
+    wide = torch.zeros(BATCH, HEADS, 3, 256, dtype=torch.bfloat16)
+    strided = (*first[:2], wide[:, :, 1:2, :128], wide[:, :, 2:, 128:], first[4])
+    unaligned = (*first[:2], wide[:, :, 1:2, 1:129], wide[:, :, 2:, 1:129], first[4])
+    # equal statistics in other tensors, as behind a step through an operator
+    calls = [first, other_token, other_layer, first, other_layer, strided, unaligned, strided]
+    calls.append((first[0], replace(first[1]), *first[2:]))
+    notes = {}
+    for name in ("again", "anew"):
+        with fake_driver() as noted:
+            append_launch._known.clear()
+            for call in calls:
+                if name == "anew":
+                    append_launch._known.clear()
+                append_launch.append_tokens(*call)
+        notes[name] = [_plain(note.arguments) for note in noted]
+        if name == "again":
+            notes["first"] = [note.first for note in noted]
+    return notes
+
+
+def _plain(arguments: dict[str, Any]) -> list[Any]:
+    """Arguments as numbers, without the scratch, which is another one each time."""
+    leaves = tree_leaves([x for name, x in arguments.items() if name != "SCRATCH"])
+    values = [getattr(x, "value", x) for x in leaves]
+    return [x.data_ptr() if isinstance(x, Tensor) else x for x in values]
+
+
+def test_steps_launch_what_the_first_would() -> None:
+    notes = outside_interpreter("ops.test_append_kernel:launched_again")
+    assert notes["first"] == [True, False, True, False, False, True, True, False, False]
+    assert notes["again"] == notes["anew"]
+    # all nine differ but for those of the same layer and token
+    assert len({str(note) for note in notes["again"]}) == 5
 
 
 @pytest.mark.slow

@@ -36,12 +36,14 @@ def append_kernel(
     LENGTH,
     BASE,
     COUNTS,
+    NOT_FINITE,
     SCRATCH,
     heads,
     tiles,
     rows,
     sinks,
     kept,
+    room,
     shape,
     RULE: tl.constexpr,
     CENTER_LAST: tl.constexpr,
@@ -58,32 +60,41 @@ def append_kernel(
         SCALES: float16 [B, Hk, `tiles`, S, T].
         LENGTH, BASE: int64 [1], tokens stored before, and of these the ones packed by the host.
         COUNTS: int32 [4], written; see `LayerView.counts`.
+        NOT_FINITE: int32 [1], set to 1 by a row that is not finite.
         SCRATCH: float32 [B Hk, 2, 8 D padded].
         sinks: Exact rows that never move.
         kept: Exact rows behind them that are not to be packed.
+        room: Tokens that may be stored; steps beyond write nothing.
         Others as for `encode_kernel`.
     """
     head = tl.program_id(0)
     side = tl.program_id(1)
     at = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
     packed = tl.load(BASE)
-    behind = tl.load(LENGTH) - packed - sinks - kept
+    length = tl.load(LENGTH)
+    # what the counts say, attention reads: a loop that runs on must not lead out of the buffers
+    if length >= room:
+        return
+    behind = length - packed - sinks - kept
     flushed = tl.maximum(behind, 0) // shape.length
     tile = (packed // shape.length + flushed - 1).to(tl.int32)
     slot = behind + sinks + kept - flushed * shape.length
-    # beyond the buffers nothing is written; the host knows how much they hold
-    due = (flushed > 0) & (behind % shape.length == 0) & (tile < tiles)
+    due = (flushed > 0) & (behind % shape.length == 0)
     d = tl.arange(0, shape.padded)
     inside = d < shape.head_dim
     if side == 0:
         exact = EXACT_KEYS + head.to(tl.int64) * rows * shape.head_dim
         new = tl.load(
-            new_keys.data + at[0] * new_keys.batch + at[1] * new_keys.head + d, mask=inside
+            new_keys.data + at[0] * new_keys.batch + at[1] * new_keys.head + d,
+            mask=inside,
+            other=0.0,
         )
     else:
         exact = EXACT_VALUES + head.to(tl.int64) * rows * shape.head_dim
         new = tl.load(
-            new_values.data + at[0] * new_values.batch + at[1] * new_values.head + d, mask=inside
+            new_values.data + at[0] * new_values.batch + at[1] * new_values.head + d,
+            mask=inside,
+            other=0.0,
         )
     if due:
         records = RECORDS + head.to(tl.int64) * tiles * shape.words
@@ -128,7 +139,11 @@ def append_kernel(
         tl.debug_barrier()
         _move_down(exact + sinks * shape.head_dim, kept, shape)
         tl.debug_barrier()
-    tl.store(exact + tl.minimum(slot, rows - 1) * shape.head_dim + d, new, mask=inside)
+    tl.store(exact + slot * shape.head_dim + d, new, mask=inside)
+    # rows are looked at once, here: scales of NaN are made finite, and packed as if nothing were
+    size = tl.abs(new.to(tl.float32))
+    lost = (size == float("inf")) | (size != size)
+    tl.store(NOT_FINITE + 0 * d, tl.full(d.shape, 1, tl.int32), mask=lost)
     if (head == 0) & (side == 0):
         first = tl.minimum(sinks, slot + 1)
         tl.store(COUNTS, first.to(tl.int32))
@@ -141,14 +156,18 @@ def append_kernel(
 def _move_down(rows, kept, shape):
     """Moves `kept` rows, which begin a tile behind `rows`, to there.
 
-    A thread that writes a number has read it before, and the one that it replaces too.
+    A block's old and new rows are disjoint, since a tile has no fewer rows than a block, and no
+    block reads what an earlier one has written, which lies before. Left is that a block writes what
+    an earlier one reads; the barrier between loads and stores has all threads read first.
     """
     row = tl.arange(0, BLOCK)[:, None]
     d = tl.arange(0, shape.padded)[None, :]
     for first in tl.range(0, kept, BLOCK):
         inside = (first + row < kept) & (d < shape.head_dim)
         place = rows + (first + row) * shape.head_dim + d
-        tl.store(place, tl.load(place + shape.length * shape.head_dim, mask=inside), mask=inside)
+        moved = tl.load(place + shape.length * shape.head_dim, mask=inside)
+        tl.debug_barrier()
+        tl.store(place, moved, mask=inside)
 
 
 @triton.jit
