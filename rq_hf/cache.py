@@ -16,6 +16,7 @@ from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
     DynamicLayer,
+    DynamicSlidingWindowLayer,
     LinearAttentionCacheLayerMixin,
 )
 
@@ -30,6 +31,10 @@ from rq_hf.model_layers import make_layer, make_layers
 register()
 
 BF16_BYTES = 2
+_NOT_TAKEN_BACK = (
+    "The layers before it hold these tokens already, and cannot give them back: reset() the cache "
+    "and run the prompt again, do not crop it"
+)
 
 
 class RotorQuantCache(Cache):
@@ -100,7 +105,12 @@ class RotorQuantCache(Cache):
 
         Raises:
             ValueError: The states cannot be stored, or the cache was made for a model with fewer
-                layers. The cache is as it was.
+                layers; this layer is as it was. If the layers before it have stored the same
+                tokens already, a cache made with the model's config takes these back: a first
+                prompt by `reset` of these layers, others by `crop`, after which all layers have
+                the length from before, and what these tokens made leave the tail stays packed.
+                Where that cannot be done (without config, beyond a window, behind linear
+                attention) the message says that only `reset` helps.
         """
         if self.layer_class_to_replicate is None and layer_idx >= len(self.layers):
             raise ValueError(
@@ -111,11 +121,40 @@ class RotorQuantCache(Cache):
         self._append_layers(layer_idx + 1)
         try:
             states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        except ValueError:
+        except ValueError as error:
+            taken_back = self._take_back(key_states, layer_idx)
             del self.layers[held:]
+            if not taken_back:
+                raise ValueError(f"{error}. {_NOT_TAKEN_BACK}") from error
             raise
         self._updates += 1
         return states
+
+    def _take_back(self, key_states: Tensor, layer_idx: int) -> bool:
+        """Takes out of earlier layers the tokens that this one has refused.
+
+        Returns:
+            Whether no layer holds them any more.
+        """
+        layers: list[Any] = self.layers
+        if not isinstance(layers[layer_idx], RotorQuantLayer) or key_states.dim() != 4:
+            return True
+        tokens, length = key_states.shape[2], layers[layer_idx].get_seq_length()
+        ahead = [i for i in range(layer_idx) if _may_hold(layers[i], length + tokens)]
+        if not ahead or tokens == 0:
+            return True
+        if self.layer_class_to_replicate is not None:
+            # of an encoder-decoder's cross-attention the host notes which layers are filled
+            return False
+        if length == 0:
+            for i in ahead:
+                self._go_back_to_start(i)
+            return True
+        croppable = all(_is_croppable_by(layers[i], tokens) for i in ahead)
+        if croppable:
+            for i in ahead:
+                layers[i].crop(-tokens)
+        return croppable
 
     def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
         """Fetches the next offloaded layer from `layer_idx` on, on a stream of its own."""
@@ -161,14 +200,35 @@ class RotorQuantCache(Cache):
             layer.check_crop(tokens_to_remove)
         super().crop(tokens_to_remove)
 
-    def reset(self) -> None:
-        """Forgets all tokens; the next prompt may have another batch size, dtype or device."""
+    def reset(self, keep_statistics: bool = False) -> None:
+        """Forgets all tokens; the next prompt may have another batch size, dtype or device.
+
+        Args:
+            keep_statistics: Keep the statistics of layers that have packed something, and pack the
+                next prompt with them, see `RotorQuantLayer.reset`. For many prompts of one kind:
+                nothing is measured again. They must have the same batch size, on the same device.
+        """
+        self._updates = 0
         for i, layer in enumerate(self.layers):
             if isinstance(layer, RotorQuantLayer):
-                layer.reset()
+                layer.reset(keep_statistics)
             else:
-                # the host's own reset keeps shapes, and in transformers 5.17 lengths
-                self.layers[i] = copy.deepcopy(self._empty_layers.get(i, DynamicLayer()))
+                self._make_anew(i)
+
+    def _make_anew(self, index: int) -> None:
+        # the host's own reset keeps shapes, and in transformers 5.17 lengths
+        self.layers[index] = copy.deepcopy(self._empty_layers.get(index, DynamicLayer()))
+
+    def _go_back_to_start(self, index: int) -> None:
+        """Puts a layer back to before its first tokens."""
+        layers: list[Any] = self.layers
+        layer = layers[index]
+        if isinstance(layer, RotorQuantLayer):
+            layer.go_back_to_start()
+            return
+        self._make_anew(index)
+        if getattr(layer, "record_past", False):
+            layers[index].activate_past_recording()
 
     def _settle(self) -> None:
         for layer in self.packed_layers:
@@ -193,7 +253,12 @@ class RotorQuantCache(Cache):
             packed_bytes=storage_bytes(t for x in packed for t in x.store.tiles.tensors),
             exact_bytes=storage_bytes(t for x in packed for t in x.store.exact.tensors),
             statistics_bytes=storage_bytes(
-                reachable_tensors([(x.preconditioner, x.statistics, x.padding) for x in packed])
+                reachable_tensors(
+                    [
+                        (x.preconditioner, x.kept, x.statistics, x.padding)
+                        for x in self.packed_layers
+                    ]
+                )
             ),
             host_bytes=storage_bytes(host_tensors),
             constant_bytes=storage_bytes(reachable_tensors([x.codec for x in packed])),
@@ -265,6 +330,27 @@ def _is_offloadable(layer: Any, only_non_sliding: bool) -> bool:
     attention = isinstance(layer, CacheLayerMixin)
     linear = isinstance(layer, LinearAttentionCacheLayerMixin)
     return attention and not linear and not (only_non_sliding and layer.is_sliding)
+
+
+def _may_hold(layer: Any, tokens: int) -> bool:
+    """Whether a layer has that many tokens; one of linear attention does not know."""
+    if isinstance(layer, CacheLayerMixin):
+        return layer.get_seq_length() == tokens
+    return isinstance(layer, LinearAttentionCacheLayerMixin)
+
+
+def _is_croppable_by(layer: Any, tokens: int) -> bool:
+    """Whether the newest tokens of a layer can be dropped."""
+    if isinstance(layer, RotorQuantLayer):
+        try:
+            layer.check_crop(-tokens)
+        except ValueError:
+            return False
+        return True
+    if type(layer) is DynamicSlidingWindowLayer:
+        # with a recorded past the host could go back, but not twice
+        return layer.get_seq_length() < layer.sliding_window
+    return type(layer) is DynamicLayer
 
 
 def _numbers(layer: RotorQuantLayer) -> tuple[int, int]:

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from rq_hf import __version__
 
-FORMAT = 1
+# 2: statistics kept for the next prompt
+FORMAT = 2
 KIND = "rq_hf cache"
 SAVE_AGAIN = "take another copy of the file, or save the cache again"
 

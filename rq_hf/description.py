@@ -48,8 +48,10 @@ def _statistics(layer: RotorQuantLayer) -> str:
         return "statistics open"
     means = {"pre-RoPE": statistics.pre_mean, "post-RoPE": statistics.post_mean}
     used = [name for name, mean in means.items() if bool(mean.any())]
-    balance = "queries" if layer.statistics.power is not None else "keys alone"
-    return (
+    seen = layer.statistics.power is not None or layer.kept is not None
+    balance = "queries" if seen else "keys alone"
+    text = (
         f"key mean {' and '.join(used) or 'none'}, "
         f"balance {f'from {balance}' if layer.config.balance else 'off'}"
     )
+    return text if layer.kept is None else f"{text}, both kept from an earlier prompt"

@@ -17,7 +17,14 @@ from rq_hf.ops import LayerView
 from rq_hf.packed_states import PackedStates
 from rq_hf.quant.rope import RopeTable
 from rq_hf.sources import PromptSource, ViewSource
-from rq_hf.validation import check_device, check_finite, check_states, check_unchanged
+from rq_hf.validation import (
+    check_device,
+    check_finite,
+    check_kept,
+    check_states,
+    check_unchanged,
+    looks_at_once,
+)
 
 # up to so many new tokens are appended before attention, more are read beside the store
 _APPENDED_FIRST = 32
@@ -80,22 +87,19 @@ class RotorQuantLayer(PackedStates, CacheLayerMixin):
             tensors where the model's attention takes no handles.
 
         Raises:
-            ValueError: The states cannot be stored here; the layer is as it was. Or, on a GPU,
-                where new states are not looked at, because the answer would have to be waited for:
-                states that are packed already were not finite. That is told to the next update of
-                few tokens, and to all that follow until `reset`.
+            ValueError: The states cannot be stored here; the layer is as it was. NaN and infinity
+                are found at once, but for few new tokens on a GPU, which are looked at when the
+                first tokens of the tail are packed. The message then says how far to `crop`.
         """
-        self._check(key_states, value_states)
+        self._check_form(key_states, value_states)
+        self.settle()
+        self.prefetch()
+        self._check_numbers(key_states, value_states)
         if value_states.dtype != key_states.dtype:
             # autocast leaves values in half precision beside float32 keys
             value_states = value_states.to(key_states.dtype)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.settle()
-        if self.unread is not None and key_states.shape[2] <= _APPENDED_FIRST:
-            # the host has waited for the last step's tokens to choose these
-            self.read_largest()
-        self.prefetch()
         source = self._take(key_states, value_states)
         if self.config.path == "auto" and self.gives_handles():
             return Handle(source, "key"), Handle(source, "value")
@@ -105,12 +109,39 @@ class RotorQuantLayer(PackedStates, CacheLayerMixin):
         return key, value
 
     def _check(self, key: Tensor, value: Tensor) -> None:
+        """Refuses new states that a layer of a fixed size cannot store.
+
+        On a GPU the numbers of a single token are not looked at: a graph that holds such a step
+        could not wait for them.
+        """
+        self._check_form(key, value)
+        if key.shape[2] > 1 or looks_at_once(key.device):
+            check_finite(key, value, self.name)
+
+    def _check_form(self, key: Tensor, value: Tensor) -> None:
         check_states(key, value, self.name)
         if self.store is not None:
             shape = self.store.exact.tensors[0].shape
             check_unchanged(key, (shape[0], shape[1], shape[3]), self.dtype, self.name)
             check_device(key, self.device, self.name)
-        check_finite(key, value, self.name)
+        if self.kept is not None and self.preconditioner is None:
+            check_kept(key, self.kept.balance, self.name)
+
+    def _check_numbers(self, key: Tensor, value: Tensor) -> None:
+        """Looks for NaN and infinity, in few tokens on a GPU only where it waits for more at once.
+
+        What is to be packed is looked at again, or for the first time.
+        """
+        tokens, store = key.shape[2], self.store
+        if store is None or store.length == 0:
+            check_finite(key, value, self.name)
+        elif self.leaving(tokens) > 0:
+            # sinks were looked at before the first tokens were packed
+            stored = store.exact.view(store.sinks if store.packed_length else 0)
+            end = self.get_seq_length()
+            check_finite(key, value, self.name, stored=stored, end=end)
+        elif tokens > _APPENDED_FIRST or looks_at_once(key.device):
+            check_finite(key, value, self.name, end=self.get_seq_length())
 
     def _take(self, key_states: Tensor, value_states: Tensor) -> PromptSource | ViewSource:
         """Stores new states, or leaves them pending until their queries are seen."""
@@ -160,6 +191,8 @@ class RotorQuantLayer(PackedStates, CacheLayerMixin):
         before = self.get_seq_length() - rows
         if padding is not None:
             self.statistics.extend_padding(padding.expand(query.shape[0]), before)
+        if self.kept is not None:
+            return
         valid = None
         if self.statistics.padding is not None and rows == query.shape[2]:
             index = torch.arange(rows, device=query.device) + before
@@ -227,11 +260,26 @@ class RotorQuantLayer(PackedStates, CacheLayerMixin):
         """Returns -1: the layer grows without a limit."""
         return -1
 
-    def reset(self) -> None:
-        """Forgets everything; the next update may have another batch size, dtype or device."""
+    def reset(self, keep_statistics: bool = False) -> None:
+        """Forgets all tokens; the next update may have another batch size, dtype or device.
+
+        Args:
+            keep_statistics: Keep the frozen statistics of keys, values and queries, and pack the
+                next prompt with them: nothing is measured again, which saves time where many
+                prompts of one kind follow each other, and a short one is packed by what a long one
+                has shown. The next prompt must have the same batch size, heads and head_dim, on
+                the same device. Left padding is forgotten in any case, and while statistics are
+                not frozen there is nothing to keep.
+        """
+        kept = self.preconditioner or self.kept
         self.forget()
+        self.kept = kept if keep_statistics else None
         self._pending = None
         self._offloaded = self.is_initialized = False
+
+    def go_back_to_start(self) -> None:
+        """Forgets all tokens, and keeps what statistics there were before the first one."""
+        self.reset(keep_statistics=self.kept is not None)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drops the newest tokens; the packed ones that stay keep their codes bit for bit.
@@ -248,7 +296,7 @@ class RotorQuantLayer(PackedStates, CacheLayerMixin):
         if self.store is None or tokens_to_remove == 0:
             return
         if self.get_seq_length() + tokens_to_remove <= 0:
-            self.reset()
+            self.go_back_to_start()
         else:
             self.store.crop(-int(tokens_to_remove))
 

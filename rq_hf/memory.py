@@ -50,12 +50,16 @@ class CacheMemory:
             return float("nan")
         return 8 * self.packed_bytes / self.packed_numbers
 
+    @property
+    def _held_bits(self) -> str:
+        return f"{self.bits_per_number:.3f}" if self.packed_numbers else "none"
+
     def __str__(self) -> str:
         rows = [
             ("packed tiles", f"{self.packed_bytes / MIB:.3f} MiB"),
             (
                 "  bits a number",
-                f"{self.bits_per_number:.3f} held, {self.nominal_bits:.3f} nominal",
+                f"{self._held_bits} held, {self.nominal_bits:.3f} nominal",
             ),
             ("exact sinks and tails", f"{self.exact_bytes / MIB:.3f} MiB"),
             ("means and balances", f"{self.statistics_bytes / MIB:.3f} MiB"),

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -22,7 +21,6 @@ from rq_hf.quant.rope import RopeTable
 from rq_hf.quant.tiles import TileCodec
 from rq_hf.statistics import QueryStatistics
 from rq_hf.storage import LayerStore, RowBuffer
-from rq_hf.validation import check_largest, largest
 
 
 class PackedStates:
@@ -36,9 +34,8 @@ class PackedStates:
         codec: What packs tiles and decodes them.
         preconditioner: Statistics, frozen when the first tokens are packed; None before.
         statistics: What is known of queries and padding until then.
+        kept: Statistics of an earlier prompt, which are to be frozen in place of measured ones.
         padding: Left padding `[B]` that the sinks skip; None for none.
-        unread: On a GPU, the largest absolute numbers of what was packed since `read_largest`:
-            of keys, values and the mean before RoPE, float32 `[3]`; None for nothing.
     """
 
     def __init__(self, config: RotorQuantConfig, layer_idx: int, rope: RopeTable | None) -> None:
@@ -53,8 +50,8 @@ class PackedStates:
         self.codec: TileCodec | None = None
         self.preconditioner: Preconditioner | None = None
         self.statistics = QueryStatistics()
+        self.kept: Preconditioner | None = None
         self.padding: Tensor | None = None
-        self.unread: Tensor | None = None
 
     @property
     def name(self) -> str:
@@ -117,7 +114,7 @@ class PackedStates:
         end = store.dropped + store.packed_length
         skipped = max(0, self.expired(end + rows[0].shape[2]) - end)
         with no_autocast(key.device):
-            preconditioner = self.preconditioner or self._measure(rest, padding)
+            preconditioner = self.preconditioner or self.kept or self._measure(rest, padding)
             tiles = None
             if skipped < leaving:
                 tiles = self._encode(key, value, preconditioner, skipped)
@@ -129,25 +126,6 @@ class PackedStates:
             *(torch.cat((s, x[:, :, leaving:]), 2) for s, x in zip(sinks, rest, strict=True))
         )
         self.preconditioner, self.padding = preconditioner, padding
-        if key.is_cuda:
-            found = largest(key, value, preconditioner.pre_mean)
-            # NaN is passed on
-            self.unread = found if self.unread is None else torch.maximum(self.unread, found)
-
-    def read_largest(self) -> None:
-        """Learns what packing on a GPU found, when there is a reason to wait for the GPU anyway.
-
-        Raises:
-            ValueError: Keys or values were not finite; so it is until `forget`.
-        """
-        if self.unread is None:
-            return
-        key, value, pre_mean = self.unread.tolist()
-        check_largest(key, value, self.name)
-        statistics = self.preconditioner
-        if pre_mean == 0 and statistics is not None and statistics.rope is not None:
-            self.preconditioner = replace(statistics, rope=None)
-        self.unread = None
 
     def _find_sinks(self, rows: list[Tensor]) -> tuple[list[Tensor], Tensor | None]:
         """Returns each sequence's first real tokens, and its padding as far as it is skipped."""
@@ -230,6 +208,7 @@ class PackedStates:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
         """Applies `function` to every tensor, all batch first."""
+        self.kept = None if self.kept is None else self.kept.map(function)
         if self.store is None:
             return
         self.store.map(function)
@@ -241,7 +220,6 @@ class PackedStates:
     def to(self, device: torch.device | str) -> None:
         """Moves all states and statistics to a device, where the next states must be."""
         self.map(lambda t: t.to(device))
-        self.unread = None if self.unread is None else self.unread.to(device)
 
 
 def make_codec(config: RotorQuantConfig, head_dim: int) -> TileCodec:

@@ -42,6 +42,8 @@ _HOST_KINDS: dict[str, Any] = {
     for name in ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")
     if hasattr(cache_utils, name)
 }
+# of statistics that were kept from an earlier prompt
+_KEPT = "kept_"
 _OTHER_MODEL = "this is another model's cache: load it with the config of the model that filled it"
 
 
@@ -141,12 +143,25 @@ def _describe(index: int, layer: Any, ropes: list[RopeTable]) -> tuple[LayerReco
 def _describe_packed(layer: RotorQuantLayer, ropes: list[RopeTable]) -> tuple[LayerRecord, Tensors]:
     sliding = _describe_window(layer)
     rope = _index_of(layer.rope, ropes)
-    store = layer.store
+    statistics, store = layer.statistics, layer.store
+    means = layer.preconditioner or layer.kept
+    kept = _means_of(layer.kept, _KEPT)
+    mean_rope = None if means is None else _index_of(means.rope, ropes)
     if store is None:
-        return LayerRecord(PACKED, rope=rope, **sliding), {}
+        batch, kv_heads, head_dim = (0, 0, 0) if means is None else means.balance.shape
+        record = LayerRecord(
+            PACKED,
+            tensors=list(kept),
+            batch=batch,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            rope=rope,
+            mean_rope=mean_rope,
+            **sliding,
+        )
+        return record, kept
     keys, values = store.exact.view()
     records, scales = store.tiles.view()
-    statistics, means = layer.statistics, layer.preconditioner
     found = {
         "keys": keys,
         "values": values,
@@ -156,7 +171,8 @@ def _describe_packed(layer: RotorQuantLayer, ropes: list[RopeTable]) -> tuple[La
         "query_count": statistics.count,
         "query_padding": statistics.padding,
         "padding": layer.padding,
-        **{name: None if means is None else getattr(means, name) for name in MEANS},
+        **_means_of(layer.preconditioner),
+        **kept,
     }
     own = {name: tensor for name, tensor in found.items() if tensor is not None}
     record = LayerRecord(
@@ -171,10 +187,17 @@ def _describe_packed(layer: RotorQuantLayer, ropes: list[RopeTable]) -> tuple[La
         tiles=store.tiles.length,
         tail=store.tail,
         rope=rope,
-        mean_rope=None if means is None else _index_of(means.rope, ropes),
+        mean_rope=mean_rope,
         **sliding,
     )
     return record, own
+
+
+def _means_of(statistics: Preconditioner | None, prefix: str = "") -> Tensors:
+    """Returns the tensors of frozen or kept statistics by their names in the file."""
+    if statistics is None:
+        return {}
+    return {prefix + name: getattr(statistics, name) for name in MEANS}
 
 
 def _describe_window(layer: Any) -> dict[str, Any]:
@@ -245,6 +268,7 @@ def _check_tensors(header: Header, codecs: dict[str, TileCodec], tensors: Tensor
         coding = header.coding(i)
         layout = None if coding is None else codecs[probe_name(*coding)].layout
         forms = dict(record.forms(layout))
+        forms |= {_KEPT + name: forms[name] for name in MEANS if name in forms}
         for name in record.tensors:
             full = f"layers.{i}.{name}"
             expected.add(full)
@@ -343,7 +367,9 @@ def _fill_packed(
     layer.rope = None if record.rope is None else ropes[record.rope]
     if isinstance(layer, RotorQuantSlidingLayer):
         layer.record_past = record.record_past
-    if not own:
+    rope = None if record.mean_rope is None else ropes[record.mean_rope]
+    layer.kept = _statistics_in(own, rope, _KEPT)
+    if "keys" not in own:
         return
     layer.lazy_initialization(own["keys"], own["values"])
     assert layer.store is not None
@@ -355,9 +381,14 @@ def _fill_packed(
     layer.statistics.count = own.get("query_count")
     layer.statistics.padding = own.get("query_padding")
     layer.padding = own.get("padding")
-    if all(name in own for name in MEANS):
-        rope = None if record.mean_rope is None else ropes[record.mean_rope]
-        layer.preconditioner = Preconditioner(**{name: own[name] for name in MEANS}, rope=rope)
+    layer.preconditioner = _statistics_in(own, rope)
+
+
+def _statistics_in(own: Tensors, rope: RopeTable | None, prefix: str = "") -> Preconditioner | None:
+    """Returns the statistics that `_means_of` gave these names, if they are there."""
+    if not all(prefix + name in own for name in MEANS):
+        return None
+    return Preconditioner(**{name: own[prefix + name] for name in MEANS}, rope=rope)
 
 
 def _buffer(*tensors: Tensor) -> RowBuffer:

@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 512
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# of those that a message could name
+_TOKENS_SHOWN = 4
 
 
 def check_states(key: Tensor, value: Tensor, layer: str) -> None:
@@ -66,6 +69,27 @@ def check_unchanged(
         )
 
 
+def check_kept(key: Tensor, balance: Tensor, layer: str) -> None:
+    """Refuses a first prompt that is not like the one whose statistics were kept.
+
+    Args:
+        key: New keys `[B, Hk, t, D]`.
+        balance: One of these statistics, `[B, Hk, D]`.
+        layer: Name of the layer for the message.
+
+    Raises:
+        ValueError: Batch, heads, head_dim or device differ.
+    """
+    batch, heads, _, head_dim = key.shape
+    new, kept = (batch, heads, head_dim), tuple(balance.shape)
+    if (new, key.device) != (kept, balance.device):
+        raise ValueError(
+            f"{layer}: the statistics that reset(keep_statistics=True) kept are for (batch, "
+            f"kv_heads, head_dim) = {kept} on {balance.device}, got {new} on {key.device}; call "
+            "reset() to measure anew"
+        )
+
+
 def check_device(key: Tensor, device: torch.device, layer: str) -> None:
     """Refuses new keys that are on another device than the stored ones.
 
@@ -79,49 +103,65 @@ def check_device(key: Tensor, device: torch.device, layer: str) -> None:
         )
 
 
-def check_finite(key: Tensor, value: Tensor, layer: str) -> None:
-    """Refuses NaN and infinity.
-
-    States on a GPU are not looked at: the answer would have to be waited for in every layer.
-    `largest` is asked of them when they are packed, and `check_largest` reads the answer later.
-
-    Raises:
-        ValueError: A key or value is not finite.
-    """
-    if key.is_cuda or key.numel() == 0:
-        return
-    for name, states in (("key", key), ("value", value)):
-        # as they will be kept; NaN is passed on
-        states = states.detach().to(key.dtype)
-        smallest, greatest = states.aminmax()
-        if not (math.isfinite(smallest) and math.isfinite(greatest)):
-            bad = int((~torch.isfinite(states)).sum())
-            raise ValueError(
-                f"{layer}: {bad} of {states.numel()} new {name} numbers are NaN or infinite and "
-                "were not stored; look at the model's inputs, weights and dtype"
-            )
+def looks_at_once(device: torch.device) -> bool:
+    """Whether numbers on a device can be looked at without waiting for it."""
+    return device.type != "cuda"
 
 
-def largest(*tensors: Tensor) -> Tensor:
-    """Returns the largest absolute number of each tensor, float32; NaN if one is in it."""
-    norm = torch.linalg.vector_norm
-    return torch.stack([norm(tensor, math.inf, dtype=torch.float32) for tensor in tensors])
-
-
-def check_largest(key: float, value: float, layer: str) -> None:
-    """Refuses to go on with packed states that were NaN or infinite.
+def check_finite(
+    key: Tensor, value: Tensor, layer: str, *, stored: Sequence[Tensor] = (), end: int = 0
+) -> None:
+    """Refuses NaN and infinity. A GPU is waited for, once.
 
     Args:
-        key: Largest absolute number of all keys that were packed.
-        value: The same of the values.
+        key: New keys `[B, Hk, t, D]`.
+        value: New values, same shape; looked at in the dtype of the keys, as they will be kept.
         layer: Name of the layer for the message.
+        stored: Exact keys and values of the newest tokens stored, `[B, Hk, n, D]`, if they are
+            to be looked at too.
+        end: Tokens of a sequence stored, for the message.
 
     Raises:
-        ValueError: One of the two is not finite.
+        ValueError: A key or value is not finite; the message says which tokens are concerned.
     """
-    for name, number in (("keys", key), ("values", value)):
-        if not math.isfinite(number):
+    new = [key.detach(), value.detach().to(key.dtype)]
+    if _all_finite(*new, *stored):
+        return
+    if not _all_finite(*stored):
+        bad = _bad_tokens(stored)
+        first = end - stored[0].shape[2]
+        back = stored[0].shape[2] - bad[0]
+        raise ValueError(
+            f"{layer}: keys or values of {_name_tokens(bad, first)} are NaN or infinite: they are "
+            f"stored exactly and were now to be packed; the new tokens were not stored. Crop the "
+            f"cache by {back} tokens, crop(-{back}), or reset() it; look at the model's inputs, "
+            "weights and dtype"
+        )
+    for name, states in zip(("key", "value"), new, strict=True):
+        if not _all_finite(states):
+            bad_numbers = int((~torch.isfinite(states)).sum())
             raise ValueError(
-                f"{layer}: {name} that are packed already were NaN or infinite; look at the "
-                "model's inputs, weights and dtype, reset() the cache and run the prompt again"
+                f"{layer}: {bad_numbers} of {states.numel()} new {name} numbers are NaN or "
+                f"infinite, in {_name_tokens(_bad_tokens([states]), end)}, and were not stored; "
+                "look at the model's inputs, weights and dtype"
             )
+
+
+def _all_finite(*states: Tensor) -> bool:
+    # the largest absolute number passes NaN on, and takes no memory
+    norm = torch.linalg.vector_norm
+    largest = [norm(x, math.inf) for x in states if x.numel()]
+    return not largest or all(map(math.isfinite, torch.stack(largest).tolist()))
+
+
+def _bad_tokens(states: Sequence[Tensor]) -> list[int]:
+    """Returns the rows in which a number is not finite."""
+    bad = [(~torch.isfinite(x)).any(3).any(1).any(0) for x in states]
+    return torch.stack(bad).any(0).nonzero()[:, 0].tolist()
+
+
+def _name_tokens(rows: list[int], first: int) -> str:
+    """Names tokens by their index in the sequence, the first few of them."""
+    shown = ", ".join(str(first + row) for row in rows[:_TOKENS_SHOWN])
+    more = len(rows) - _TOKENS_SHOWN
+    return f"token{'s' * (len(rows) > 1)} {shown}" + (f" and {more} more" if more > 0 else "")

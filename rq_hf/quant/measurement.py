@@ -262,8 +262,7 @@ def _key_means(
     best = rows.pick(best.where(_worthwhile(best, means, rows), 0), 0.0)
     pre = best.where(turned, 0)
     post = best - pre
-    # a GPU is not waited for: whoever wants to know looks at `pre_mean` later
-    return pre, post, table if pre.is_cuda or bool(pre.any()) else None
+    return pre, post, table if bool(pre.any()) else None
 
 
 def _pre_mean(means: _Means, rows: _Rows) -> tuple[Tensor, RopeTable]:

@@ -7,11 +7,9 @@ import pytest
 import torch
 from support.oracle import OracleLayer
 from torch import Tensor
-from torch.nn import functional as F
 
 from rq_hf import RotorQuantConfig
 from rq_hf.layers import RotorQuantLayer
-from rq_hf.quant.rope import RopeTable
 
 # small lengths, so that tiles fill within few tokens; statistics have tests of their own
 PLAIN = {"key_mean": "none", "balance": False, "value_mean": False, "path": "dense"}
@@ -237,70 +235,6 @@ def test_values_are_looked_at_as_they_are_kept() -> None:
     with pytest.raises(ValueError, match="1 of 768 new value numbers are NaN or infinite"):
         layer.update(keys.half(), values)
     assert layer.get_seq_length() == 0
-
-
-class TestOnAGPU:
-    """There new states are not looked at: what was packed is, one step later."""
-
-    @pytest.fixture(autouse=True)
-    def pretend(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(Tensor, "is_cuda", property(lambda tensor: True))
-
-    @pytest.mark.parametrize("which", [0, 1])
-    @pytest.mark.parametrize("number", [float("nan"), float("-inf")])
-    def test_packed_states_that_are_not_finite_stop_the_next_step(
-        self, which: int, number: float
-    ) -> None:
-        layer = RotorQuantLayer(SETTINGS["3-bit"], layer_idx=5)
-        states = make_states(300, seed=0)
-        states[which][1, 1, 20, 3] = number
-        layer.update(*states)
-        # a further part of a prompt waits for nothing, and forgets nothing
-        layer.update(*make_states(300, seed=2))
-        for _ in range(2):
-            with pytest.raises(ValueError, match=f"layer 5: {('keys', 'values')[which]} that are"):
-                layer.update(*make_states(1, seed=1))
-            assert layer.get_seq_length() == 600
-        layer.reset()
-        layer.update(*make_states(300, seed=0))
-        layer.update(*make_states(1, seed=1))
-        assert layer.unread is None and layer.get_seq_length() == 301
-
-    @pytest.mark.parametrize("biased", [False, True])
-    def test_a_table_of_rope_is_kept_if_a_head_needs_it(self, biased: bool) -> None:
-        rope = RopeTable(100.0 ** -torch.linspace(0, 1, 32))
-        keys, values = make_states(300, seed=0)
-        keys = keys + rope.rotate(5.0 * biased * values[:, :, :1], 0, 300)
-        settings = RotorQuantConfig(path="dense", balance=False)
-        layer = RotorQuantLayer(settings, rope=rope)
-        layer.update(keys, values)
-        assert layer.preconditioner is not None and layer.preconditioner.rope is not None
-        before = layer.keys
-        layer.update(*make_states(1, seed=1))
-        assert (layer.preconditioner.rope is not None) == biased
-        assert torch.equal(layer.keys[:, :, :300], before)
-
-
-@pytest.mark.gpu
-def test_a_prompt_waits_for_no_gpu() -> None:
-    rope = RopeTable(100.0 ** -torch.linspace(0, 1, 32))
-    keys, values = (x.cuda().bfloat16() for x in make_states(700, seed=0))
-    query = torch.randn(2, 4, 700, 64, device="cuda", dtype=torch.bfloat16)
-
-    def prefill() -> RotorQuantLayer:
-        layer = RotorQuantLayer(RotorQuantConfig(), rope=rope)
-        key, value = layer.update(keys, values)
-        F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-        return layer
-
-    # the first one makes tables
-    prefill()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        layer = prefill()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert layer.store.packed_length == 512
 
 
 def test_packing_that_fails_leaves_the_layer_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,6 +110,8 @@ class CacheMachine(RuleBasedStateMachine):
         self.batch = 0
         self.padding: Tensor | None = None
         self.means: dict[str, Tensor] | None = None
+        # those of an earlier prompt
+        self.kept: dict[str, Tensor] | None = None
         self.handles: tuple[Any, tuple[Tensor, Tensor], int] | None = None
         self.copies: list[tuple[RotorQuantCache, Tensor | None, Tensor | None]] = []
 
@@ -150,10 +152,10 @@ class CacheMachine(RuleBasedStateMachine):
             return
         generator = torch.Generator().manual_seed(seed)
         if start == 0:
-            self.batch = batch
+            self.batch = batch if self.kept is None else len(self.kept[MEANS[0]])
             # only a mask tells of padding, and only to handles
             if padding and count > padding and queried and self.config.path == "auto":
-                self.padding = torch.zeros(batch, dtype=torch.long)
+                self.padding = torch.zeros(self.batch, dtype=torch.long)
                 self.padding[0] = padding
         key, value = self.make_states(count, generator)
         offset = self.check_mask_sizes(count)
@@ -202,6 +204,8 @@ class CacheMachine(RuleBasedStateMachine):
                 assert torch.equal(getattr(statistics, name), mean), name
         elif statistics is not None:
             self.means = {name: getattr(statistics, name).clone() for name in MEANS}
+            for name, mean in (self.kept or {}).items():
+                assert torch.equal(self.means[name], mean), name
 
     def check_attention(
         self, answer: Tensor, query: Tensor, states: tuple[Tensor, Tensor], mask: Tensor
@@ -274,6 +278,18 @@ class CacheMachine(RuleBasedStateMachine):
     def reset(self) -> None:
         self.cache.reset()
         self.forget()
+        self.kept = None
+        self.check(False)
+
+    @precondition(lambda self: self.length > LONGEST // 4)
+    @rule()
+    def reset_and_keep_statistics(self) -> None:
+        # states that waited may have been stored unnoticed
+        self.take_statistics()
+        kept = self.means or self.kept
+        self.cache.reset(keep_statistics=True)
+        self.forget()
+        self.kept = kept
         self.check(False)
 
     def forget(self) -> None:
@@ -309,6 +325,8 @@ class CacheMachine(RuleBasedStateMachine):
 
     def follow(self, function: Callable[[Tensor], Tensor]) -> None:
         """Does to the machine's own notes what was done to the batch."""
+        if self.kept is not None:
+            self.kept = {name: function(mean) for name, mean in self.kept.items()}
         # states that waited were stored before
         fresh = self.means is None
         if fresh:

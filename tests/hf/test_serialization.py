@@ -350,8 +350,8 @@ def test_files_of_other_makes_are_refused(saved: Path) -> None:
 
 
 def test_newer_formats_are_refused(saved: Path) -> None:
-    rewritten(saved, format="2", writer="9.1")
-    with pytest.raises(ValueError, match=r"format 2, written by rq_hf 9\.1.* install a newer"):
+    rewritten(saved, format="3", writer="9.1")
+    with pytest.raises(ValueError, match=r"format 3, written by rq_hf 9\.1.* install a newer"):
         load_cache(saved)
 
 
