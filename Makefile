@@ -46,7 +46,7 @@ $(VENV)/.installed-torch:
 	$(PYTHON) -m venv $(VENV)
 ifeq ($(CPU_LINUX),yes)
 	@echo "No NVIDIA GPU found: installing the CPU build of torch"
-	$(PY) $(PIP_INSTALL) --no-deps --retries 1 --timeout 20 --extra-index-url $(CPU_INDEX) "$(TORCH)+cpu" \
+	@$(PY) $(PIP_INSTALL) --no-deps --retries 1 --timeout 20 --extra-index-url $(CPU_INDEX) "$(TORCH)+cpu" \
 	  || { echo "No CPU build for this Python could be had; installing PyPI's build (large)"; \
 	       $(PY) $(PIP_INSTALL) "$(TORCH)"; }
 else

@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 from rq_hf.cli import main, self_test
 from rq_hf.cli.evaluate import BENCHMARKS
-from rq_hf.cli.session import CacheChoice, Session
+from rq_hf.cli.session import CacheChoice, Session, join_equal_layers
 from rq_hf.quant.codebook_store import SHIPPED_FOLDER, CodebookKey, read_levels, stored_files
 from rq_hf.quant.lloyd_max import solve
 
@@ -197,7 +197,7 @@ def test_chat_keeps_one_cache(chat_model: Path) -> None:
     assert first == again
     # read now: the new turn and the reply's last token, as long as the reply reads the same
     assert second[0] > first[0] and 0 < second[1] < second[0] - 5
-    assert "layer 0:" in result.stderr and "held in all" in result.stderr
+    assert "layers 0 to " in result.stderr and "held in all" in result.stderr
 
 
 def _numbers(status: str) -> tuple[int, int]:
@@ -205,6 +205,45 @@ def _numbers(status: str) -> tuple[int, int]:
     found = re.search(r"context (\d+) tokens, (\d+) of them", status)
     assert found is not None
     return int(found[1]), int(found[2])
+
+
+def test_chat_takes_no_mistyped_command_for_a_turn(chat_model: Path) -> None:
+    command = ["chat", str(chat_model), "--device", "cpu", "-n", "2"]
+    result = CliRunner().invoke(main, command, input="/memroy\n/usr/bin\n/quit\n")
+    assert result.exit_code == 0, result.output
+    # at the start, and for the first line; the second is a turn
+    assert result.stderr.count("/quit ends") == 2
+    assert sum(line.startswith("[") for line in result.stderr.splitlines()) == 1
+
+
+def test_layers_that_say_the_same_are_one_line() -> None:
+    lines = ["layer 0: a: b", "layer 1: c", "layer 2: c", "layer 3: c", "layer 4: a: b", "x: y"]
+    assert join_equal_layers("\n".join(lines)).splitlines() == [
+        "layer 0: a: b",
+        "layers 1 to 3: c",
+        "layer 4: a: b",
+        "x: y",
+    ]
+
+
+@pytest.mark.parametrize("setting", ["nbits=5", "x=1"])
+def test_settings_are_refused_before_a_model_is_loaded(
+    setting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = sys.modules[Session.__module__]
+    monkeypatch.setattr(module, "load_model", lambda *args: pytest.fail("loads the model"))
+    result = run("generate", "some/model", "-p", "a", "--device", "cpu", "--set", setting)
+    assert result.exit_code == 1 and result.stderr.startswith("rq-hf: error: ")
+
+
+def test_a_gguf_file_names_the_extra_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"")
+    monkeypatch.setattr(sys.modules[Session.__module__], "find_spec", lambda name: None)
+    result = run("generate", str(tmp_path / "model.gguf"), "-p", "a", "--device", "cpu")
+    assert result.exit_code == 1 and 'pip install ".[gguf]"' in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 def test_chat_reads_again_what_a_template_changes(chat_model: Path) -> None:

@@ -41,7 +41,7 @@ def chat(
     typer.echo(COMMANDS, err=True)
     messages = list(start)
     while (line := _ask()) is not None:
-        if line in ("/reset", "/memory"):
+        if _is_command(line):
             messages = _obey(line, session, start, messages)
             continue
         messages.append({"role": "user", "content": line})
@@ -65,12 +65,17 @@ def _ask() -> str | None:
             return line
 
 
+def _is_command(line: str) -> bool:
+    """Tells a command, or what was meant for one, from text such as "/usr/bin is what?"."""
+    return line.startswith("/") and line[1:].isalpha()
+
+
 def _obey(
     line: str, session: Session, start: list[dict[str, str]], messages: list[dict[str, str]]
 ) -> list[dict[str, str]]:
     """Does what a line says and returns the messages that stay."""
-    if line == "/memory":
-        typer.echo(session.describe(), err=True)
+    if line != "/reset":
+        typer.echo(session.describe() if line == "/memory" else COMMANDS, err=True)
         return messages
     session.reset()
     return list(start)

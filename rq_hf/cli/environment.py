@@ -91,7 +91,7 @@ def find_device(name: str | None) -> torch.device:
 def describe_device(device: torch.device) -> str:
     """Returns name, memory and compute capability of a GPU; the number of threads of a CPU."""
     if device.type != "cuda":
-        return f"{device.type}, {platform.machine()}, {torch.get_num_threads()} threads"
+        return f"{device.type}, {platform.machine()}, {torch.get_num_threads()} thread(s)"
     found = torch.cuda.get_device_properties(device)
     free, total = (size / GIB for size in torch.cuda.mem_get_info(device))
     return (

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from itertools import takewhile
+from importlib.util import find_spec
+from itertools import groupby, takewhile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,8 +46,8 @@ class CacheChoice:
     settings: dict[str, Any] = field(default_factory=dict)
     exact: bool = False
 
-    def make(self, config: PreTrainedConfig) -> Cache:
-        """Returns an empty cache.
+    def make(self, config: PreTrainedConfig | None) -> Cache:
+        """Returns an empty cache; without a config, one that shows whether the settings fit.
 
         Raises:
             ValueError: A setting is out of range, or given beside `exact`.
@@ -114,12 +116,16 @@ class Session:
 
         Raises:
             ValueError: An unknown dtype, or settings that this model's cache does not take.
+            ImportError: A GGUF file, and nothing to read it with.
             OSError: There is no such model.
         """
         where = device or ("cuda" if torch.cuda.is_available() else "cpu")
         name_of_type = dtype or ("bfloat16" if where.startswith("cuda") else "float32")
         if name_of_type not in DTYPES:
             raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {name_of_type!r}")
+        # before a model is loaded, which takes long
+        choice.make(None)
+        _check_gguf(name)
         return cls(*load_model(name, DTYPES[name_of_type], where), choice)
 
     def reset(self) -> None:
@@ -206,5 +212,22 @@ class Session:
     def describe(self) -> str:
         """Returns what the cache holds, layer by layer, and its memory."""
         if isinstance(self.cache, RotorQuantCache):
-            return f"{self.cache.describe()}\n{self.cache.memory()}"
+            return f"{join_equal_layers(self.cache.describe())}\n{self.cache.memory()}"
         return self.status()
+
+
+def join_equal_layers(text: str) -> str:
+    """Returns lines such as "layer 3: ..." with one line for layers in a row that say the same."""
+    lines = [line.partition(": ") for line in text.splitlines()]
+    groups = [list(group) for _, group in groupby(lines, key=lambda parts: parts[2])]
+    return "\n".join(f"{_span(group[0][0], group[-1][0])}: {group[0][2]}" for group in groups)
+
+
+def _span(first: str, last: str) -> str:
+    """Returns "layers 0 to 3" for "layer 0" and "layer 3", or the one name that both are."""
+    return first if first == last else f"{first.replace('layer', 'layers')} to {last.split()[-1]}"
+
+
+def _check_gguf(name: str) -> None:
+    if name.endswith(".gguf") and Path(name).expanduser().is_file() and find_spec("gguf") is None:
+        raise ImportError('to read .gguf files install the extra for them: pip install ".[gguf]"')
