@@ -51,7 +51,15 @@ TURNS = {
 }
 PARTS = {"H": 4, "ROWS": 1, "PARTS": 256, "BLOCK": 32, "PRECONDITIONED": True, "SINK": False}
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "attend_tiles": {**CODEC, **ALL_OFF, "D": 128, "PAIRS": 64, "HALVES": 5, "STEPS": 6},
+    "attend_tiles": {
+        **CODEC,
+        **ALL_OFF,
+        "D": 128,
+        "PAIRS": 64,
+        "HALVES": 5,
+        "STEPS": 6,
+        "STAGED": False,
+    },
     "attend_plain": {**CODEC, **ALL_OFF, "D": 80, "DP": 128, "PAIRS": 64},
     "prepare": {
         **{**EXACT, **TURNS, **ALL_OFF},
@@ -84,14 +92,15 @@ VARIANTS: dict[str, Variant] = {
     "sketch": Variant("attend_tiles", SKETCH, {90: 40}),
     "narrow": Variant("attend_tiles", NARROW, {90: 0}),
     "wide": Variant("attend_tiles", WIDE, {90: 0, 80: 0}),
+    "wide, staged": Variant("attend_tiles", {**WIDE, "STAGED": True}, {90: 0}),
     "all on": Variant("attend_tiles", ALL_ON, {90: 40}),
-    "2 bits, 8 rows": Variant("attend_tiles", {**TWO, "H": 8}, {90: 8}),
-    "3 bits, 8 rows": Variant("attend_tiles", {"H": 8}, {90: 40}),
-    "4 bits, 8 rows": Variant("attend_tiles", {**FOUR, "H": 8}, {90: 0}),
-    "sketch, 8 rows": Variant("attend_tiles", {**SKETCH, "H": 8}, {90: 56, 80: 0}),
-    "narrow, 8 rows": Variant("attend_tiles", {**NARROW, "H": 8}, {90: 0}),
-    "wide, 8 rows": Variant("attend_tiles", {**WIDE, "H": 8}, {90: 184}),
-    "all on, 8 rows": Variant("attend_tiles", {**ALL_ON, "H": 8}, {90: 72, 80: 0}),
+    "2 bits, 8 rows": Variant("attend_tiles", {**TWO, "H": 8, "STAGED": True}, {90: 8}),
+    "3 bits, 8 rows": Variant("attend_tiles", {"H": 8, "STAGED": True}, {90: 40}),
+    "4 bits, 8 rows": Variant("attend_tiles", {**FOUR, "H": 8, "STAGED": True}, {90: 0}),
+    "sketch, 8 rows": Variant("attend_tiles", {**SKETCH, "H": 8, "STAGED": True}, {90: 56, 80: 0}),
+    "narrow, 8 rows": Variant("attend_tiles", {**NARROW, "H": 8, "STAGED": True}, {90: 0}),
+    "wide, 8 rows": Variant("attend_tiles", {**WIDE, "H": 8, "STAGED": True}, {90: 184}),
+    "all on, 8 rows": Variant("attend_tiles", {**ALL_ON, "H": 8, "STAGED": True}, {90: 72, 80: 0}),
     "prepare": Variant("prepare", {}, {90: 0, 80: 8}),
     # rows of 256 numbers are rotated whole, once a call
     "prepare, wide": Variant(

@@ -14,7 +14,7 @@ from torch import Tensor
 from rq_hf.ops.triton.attend_plain import attend_plain
 from rq_hf.ops.triton.attend_tiles import attend_tiles
 from rq_hf.ops.triton.combine import combine
-from rq_hf.ops.triton.launching import Launch, interpreting
+from rq_hf.ops.triton.launching import Launch, interpreting, processors
 from rq_hf.ops.triton.prepare import prepare
 from rq_hf.ops.triton.tables import (
     RopeOperands,
@@ -29,6 +29,8 @@ from rq_hf.ops.view import ExactRows, LayerView
 _LOG2E = math.log2(math.e)
 # rows of partial results that `combine` adds up at a time
 _PARTS_AT_ONCE = 32
+# programs for each multiprocessor that have room for words of 256 dimensions in shared memory
+_FEW_PROGRAMS = 4
 
 
 class Inputs(NamedTuple):
@@ -238,10 +240,21 @@ class Call:
                 **self._codec_constants(),
                 "HALVES": 0 if angles is None else angles.halves,
                 "STEPS": self.steps,
+                "STAGED": self._staged(),
                 **self._mask_constants(),
             },
             num_warps=1,
         )
+
+    def _staged(self) -> bool:
+        """Whether words wait in shared memory: rows of 8 leave no registers for them.
+
+        A wide head has no registers for them either, and in shared memory they are too large for
+        as many programs as large caches want.
+        """
+        sizes = self.sizes
+        few = sizes.splits * sizes.units <= processors(self.query.device) * _FEW_PROGRAMS
+        return sizes.block == 8 or (self.dim == 256 and few)
 
     def _attend_plain(self) -> Launch:
         space, tables, angles, some = self.space, self.tables, self.angles, self.query

@@ -100,6 +100,7 @@ def attend_tiles(
     PAIRS: gl.constexpr,
     HALVES: gl.constexpr,
     STEPS: gl.constexpr,
+    STAGED: gl.constexpr,
     PADDED: gl.constexpr,
     CAUSAL: gl.constexpr,
     MASKED: gl.constexpr,
@@ -128,6 +129,8 @@ def attend_tiles(
         key_step, value_step: Steps of the integer levels.
         cap: Softcap times log2(e); rows are then prepared for tanh (CAPPED).
         k0_ .. v3_: Tables of levels, four bytes each.
+        STAGED: Whether the next tile's words wait in shared memory instead of registers, which do
+            not hold those of a wide head.
     """
     M: gl.constexpr = gl.NVMMADistributedLayout(
         version=[2, 0], warps_per_cta=[1, 1], instr_shape=[16, 8]
@@ -137,8 +140,6 @@ def attend_tiles(
     LOAD: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [1, 1], [1, 0])
     LN: gl.constexpr = gl.BlockedLayout([1, T // 8], [8, 4], [1, 1], [1, 0])
     WIDE: gl.constexpr = D == 256
-    # where registers are short, words wait in shared memory
-    STAGED: gl.constexpr = WIDE or H == 8
     JOINED: gl.constexpr = D == 64 and KEY_BITS != 4
     SIGN_JOINED: gl.constexpr = D == 64
     KEY_BLOCKS: gl.constexpr = 2 if WIDE else 1
@@ -157,6 +158,7 @@ def attend_tiles(
     KEY_LOAD: gl.constexpr = KEY_WORDS // KEY_BLOCKS // KEY_PLANES
     VALUE_LOAD: gl.constexpr = VALUE_WORDS // KEY_BLOCKS // VALUE_PLANES
     VALUE_PLANE: gl.constexpr = VALUE_WORDS // VALUE_PLANES
+    KEY_BLOCK: gl.constexpr = KEY_PLANES * KEY_LOAD
     SIGN_LOAD: gl.constexpr = T * D // 32 // KEY_BLOCKS
     SIDES: gl.constexpr = 2 if SKETCH else 1
     SCALE_ROWS: gl.constexpr = 3 if SKETCH else 2
@@ -206,8 +208,7 @@ def attend_tiles(
     if STAGED:
         key_words = make_words(KEY_BLOCKS, KEY_PLANES, KEY_LOAD)
         value_words = make_words(KEY_BLOCKS, VALUE_PLANES, VALUE_LOAD)
-        key_block: gl.constexpr = KEY_PLANES * KEY_LOAD
-        ask_for_words(key_words, here + key_at, KEY_BLOCKS, key_block, KEY_PLANES, KEY_LOAD)
+        ask_for_words(key_words, here + key_at, KEY_BLOCKS, KEY_BLOCK, KEY_PLANES, KEY_LOAD)
         if SKETCH:
             sign_words = make_words(KEY_BLOCKS, 1, SIGN_LOAD)
             ask_for_words(sign_words, here + sign_at, KEY_BLOCKS, SIGN_LOAD, 1, SIGN_LOAD)
@@ -216,7 +217,7 @@ def attend_tiles(
             value_words, here + value_at, KEY_BLOCKS, VALUE_LOAD, VALUE_PLANES, VALUE_PLANE
         )
         async_copy.commit_group()
-    else:
+    elif not WIDE:
         k0w, k1w, k2w = load_words(here, key_at, KEY_LOAD, KEY_BITS)
         v0w, v1w, v2w = load_words(here, value_at, VALUE_PLANE, VALUE_BITS)
         if SKETCH:
@@ -290,6 +291,7 @@ def attend_tiles(
 
     for tile in range(start, stop):
         next_tile = gl.minimum(tile + 1, stop - 1).to(gl.int64)
+        here = records + tile.to(gl.int64) * RECORD
         after = records + next_tile * RECORD
         half = (tile - start) & 1
         # of what is under way, only the values' words may be missing now
@@ -307,6 +309,8 @@ def attend_tiles(
         value_scale = staged_scales(stage, half * SCALE_ROWS + 1, T, LN, gl.SliceLayout(1, S))
         if STAGED:
             k0w, k1w, k2w = staged_words(key_words, 0, KEY_PLANES, LOAD)
+        elif WIDE:
+            k0w, k1w, k2w = load_words(here, key_at, KEY_LOAD, KEY_BITS)
         c0, c1, c2, c3 = operands(
             k0w, k1w, k2w, k0_, k1_, k2_, k3_, KEY_ROWS, KEY_WIDTH, KEY_BITS, A
         )
@@ -314,18 +318,23 @@ def attend_tiles(
             c0, c1, c2, c3, q0, q1, q2, q3, start_products, KEY_FOUR, JOINED, M
         )
         if WIDE:
-            k0w, k1w, k2w = staged_words(key_words, 1, KEY_PLANES, LOAD)
+            if STAGED:
+                k0w, k1w, k2w = staged_words(key_words, 1, KEY_PLANES, LOAD)
+            else:
+                k0w, k1w, k2w = load_words(here + KEY_BLOCK, key_at, KEY_LOAD, KEY_BITS)
             c0, c1, c2, c3 = operands(
                 k0w, k1w, k2w, k0_, k1_, k2_, k3_, KEY_ROWS, KEY_WIDTH, KEY_BITS, A
             )
             products = block_products(c0, c1, c2, c3, q4, q5, q6, q7, products, KEY_FOUR, JOINED, M)
-        if not STAGED:
+        if not STAGED and not WIDE:
             k0w, k1w, k2w = load_words(after, key_at, KEY_LOAD, KEY_BITS)
         score = high_low(products, T, H) * (key_scale[:, None] * row_scale[None, :])
         if SKETCH:
             sign_scale_of = staged_scales(stage, half * SCALE_ROWS + 2, T, LN, gl.SliceLayout(1, S))
             if STAGED:
                 sw = sign_words.index(0).load(LOAD)
+            elif WIDE:
+                sw = load_once(here + sign_at)
             c0, c1, c2, c3 = operands_1(sw, 0xFF01, T // 2 if SIGN_JOINED else T, A)
             signed = block_products(
                 c0,
@@ -342,14 +351,17 @@ def attend_tiles(
                 M,
             )
             if WIDE:
-                sw = sign_words.index(1).load(LOAD)
+                if STAGED:
+                    sw = sign_words.index(1).load(LOAD)
+                else:
+                    sw = load_once(here + sign_at + SIGN_LOAD)
                 c0, c1, c2, c3 = operands_1(sw, 0xFF01, T, A)
                 signed = block_products(c0, c1, c2, c3, z4, z5, z6, z7, signed, True, False, M)
-            if not STAGED:
+            if not STAGED and not WIDE:
                 sw = load_once(after + sign_at)
             score += high_low(signed, T, H) * (sign_scale_of[:, None] * sign_scale[None, :])
         if STAGED:
-            ask_for_words(key_words, after + key_at, KEY_BLOCKS, key_block, KEY_PLANES, KEY_LOAD)
+            ask_for_words(key_words, after + key_at, KEY_BLOCKS, KEY_BLOCK, KEY_PLANES, KEY_LOAD)
             if SKETCH:
                 ask_for_words(sign_words, after + sign_at, KEY_BLOCKS, SIGN_LOAD, 1, SIGN_LOAD)
             async_copy.commit_group()
@@ -430,13 +442,18 @@ def attend_tiles(
         if STAGED:
             async_copy.wait_group(1)
             v0w, v1w, v2w = staged_words(value_words, 0, VALUE_PLANES, LOAD)
+        elif WIDE:
+            v0w, v1w, v2w = load_words(here, value_at, VALUE_PLANE, VALUE_BITS)
         c0, c1, c2, c3 = operands(
             v0w, v1w, v2w, v0_, v1_, v2_, v3_, VALUE_ROWS, VALUE_WIDTH, VALUE_BITS, A
         )
         summed = block_products(c0, c1, c2, c3, p0, p1, p2, p3, start_values, VALUE_FOUR, False, M)
         out0 = out0 * shrink_out[None, :] + high_low(summed, VALUE_ROWS, H) * step[None, :]
         if WIDE:
-            v0w, v1w, v2w = staged_words(value_words, 1, VALUE_PLANES, LOAD)
+            if STAGED:
+                v0w, v1w, v2w = staged_words(value_words, 1, VALUE_PLANES, LOAD)
+            else:
+                v0w, v1w, v2w = load_words(here + VALUE_LOAD, value_at, VALUE_PLANE, VALUE_BITS)
             c0, c1, c2, c3 = operands(
                 v0w, v1w, v2w, v0_, v1_, v2_, v3_, VALUE_ROWS, VALUE_WIDTH, VALUE_BITS, A
             )
@@ -449,7 +466,7 @@ def attend_tiles(
                 value_words, after + value_at, KEY_BLOCKS, VALUE_LOAD, VALUE_PLANES, VALUE_PLANE
             )
             async_copy.commit_group()
-        else:
+        elif not WIDE:
             v0w, v1w, v2w = load_words(after, value_at, VALUE_PLANE, VALUE_BITS)
 
     out_row = gl.arange(0, H, layout=gl.SliceLayout(0, O))
