@@ -57,7 +57,7 @@ class Sizes:
         block = 4 if rows <= 4 else 8
         units = batch * kv_heads * -(-rows // block)
         tiles = view.records.shape[2] if view.packed_length else 0
-        wanted = _programs(processors(query.device), tiles * units) // units
+        wanted = _programs(processors(query.device), tiles * units, head_dim) // units
         chunk = exact_chunk(head_dim)
         chunks = sum(-(-rows.keys.shape[2] // chunk) for rows in pieces)
         return cls(
@@ -166,9 +166,11 @@ def exact_chunk(head_dim: int) -> int:
     return 64 if head_dim <= 128 else 32
 
 
-def _programs(multiprocessors: int, tiles: int) -> int:
+def _programs(multiprocessors: int, tiles: int, head_dim: int) -> int:
     """Programs for so many tiles of all units."""
-    few = max(multiprocessors * _ENOUGH, tiles // _TILES)
+    # a tile of a wide head is work enough
+    enough = _ENOUGH if head_dim <= 128 else _PROGRAMS
+    few = max(multiprocessors * enough, tiles // _TILES)
     return min(multiprocessors * _PROGRAMS, few)
 
 
