@@ -60,6 +60,7 @@ class Result:
         step_ms: Median time of a decode step.
         step_mean_ms: Mean, the packing of a tile included.
         step_slowest_ms: The slowest of them.
+        steps_ms: Each of them, in order: whether the host was disturbed shows there.
         steps_timed: How many.
         first_steps_s: Time of all steps before those: compiling, if there is any.
         prefill_s: The faster of two prefills.
@@ -75,6 +76,7 @@ class Result:
     step_ms: float | None = None
     step_mean_ms: float | None = None
     step_slowest_ms: float | None = None
+    steps_ms: list[float] | None = None
     steps_timed: int | None = None
     first_steps_s: float | None = None
     prefill_s: float | None = None
@@ -146,6 +148,7 @@ def _measure(model: PreTrainedModel, name: str, case: Case, steps: int, seconds:
         step_ms=1e3 * median(timed),
         step_mean_ms=1e3 * mean(timed),
         step_slowest_ms=1e3 * max(timed),
+        steps_ms=[round(1e3 * second, 3) for second in timed],
         steps_timed=len(timed),
         first_steps_s=sum(times[:FIRST_STEPS]),
         prefill_s=min(first_prefill, clock.prefill_seconds),
