@@ -6,6 +6,7 @@ On a GPU all of them; without one, those that Triton's interpreter can run: tile
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -101,6 +102,29 @@ def test_signs_of_a_sketch(head_dim: int, key_bits: int, estimator: str) -> None
 def test_groups_and_queries(head_dim: int, group: int, queries: int) -> None:
     view = make_view(300, head_dim, place(head_dim))
     check(view, make_query(view, group, queries), causal=True)
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize(("group", "queries"), [(3, 3), (8, 1), (1, 1)])
+@pytest.mark.parametrize("multiprocessors", [1, 10**6])
+def test_small_and_large_gpus(
+    monkeypatch: pytest.MonkeyPatch, head_dim: int, group: int, queries: int, multiprocessors: int
+) -> None:
+    """One merges all rows of a unit in a program and keeps wide words in registers, one neither."""
+    from rq_hf.ops.triton import attend_launch, replay, workspace
+
+    monkeypatch.setattr(workspace, "processors", lambda device: multiprocessors)
+    monkeypatch.setattr(attend_launch, "processors", lambda device: multiprocessors)
+    # a signature says nothing of the GPU, which a process does not change
+    monkeypatch.setattr(replay, "_replays", OrderedDict())
+    view = make_view(420, head_dim, place(head_dim), padding=[170, 0])
+    query = make_query(view, group, queries)
+    mask = torch.ones(2, 1, queries, view.length, dtype=torch.bool, device=query.device)
+    mask[1, :, 0] = False
+    sinks = torch.linspace(-2, 5, group * KV_HEADS, device=query.device)
+    check(view, query, mask=mask, sinks=sinks)
+    hidden = attend(query, view, scale=0.1, mask=mask, impl="triton")[1, :, 0]
+    assert hidden.abs().max() == 0
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the attention kernels take of GPUs that are not there: registers, spills, shared memory.
 
-Kernels for up to four rows are those of generation, and spill next to nothing. For eight rows
-`attend_tiles` holds twice the sums and operands, more than the 255 registers of a thread; that is
-accepted, as it reads and unpacks the packed words once for twice the rows.
+Kernels for up to four rows are those of generation. For eight rows `attend_tiles` holds twice the
+sums and operands, and keeps the next tile's words in shared memory; it spills no more for that, but
+with heads of 256.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from support.compile import compile_kernel, outside_interpreter
 triton = pytest.importorskip("triton")
 
 # bytes of shared memory that a program can have
-SHARED = {90: 227 * 1024, 80: 163 * 1024}
+SHARED = {90: 227 * 1024, 89: 99 * 1024, 80: 163 * 1024}
 # over what was measured, for changes that do not matter
 MARGIN = 1.2
 # the assembler of Triton 3.6 and 3.7 spills up to 400 bytes more
@@ -87,33 +87,35 @@ WIDE_EXACT = {
 VARIANTS: dict[str, Variant] = {
     "2 bits": Variant("attend_tiles", TWO, {90: 0}),
     # two tables in registers of every lane, for which others make room
-    "3 bits": Variant("attend_tiles", {}, {90: 32, 80: 0}),
-    "4 bits": Variant("attend_tiles", FOUR, {90: 0, 80: 0}),
+    "3 bits": Variant("attend_tiles", {}, {90: 32, 89: 0, 80: 0}),
+    "4 bits": Variant("attend_tiles", FOUR, {90: 0, 89: 0, 80: 0}),
     "sketch": Variant("attend_tiles", SKETCH, {90: 40}),
     "narrow": Variant("attend_tiles", NARROW, {90: 0}),
     "wide": Variant("attend_tiles", WIDE, {90: 0, 80: 0}),
-    "wide, staged": Variant("attend_tiles", {**WIDE, "STAGED": True}, {90: 0}),
+    "wide, staged": Variant("attend_tiles", {**WIDE, "STAGED": True}, {90: 0, 89: 0}),
     "all on": Variant("attend_tiles", ALL_ON, {90: 40}),
     "2 bits, 8 rows": Variant("attend_tiles", {**TWO, "H": 8, "STAGED": True}, {90: 8}),
     "3 bits, 8 rows": Variant("attend_tiles", {"H": 8, "STAGED": True}, {90: 40}),
     "4 bits, 8 rows": Variant("attend_tiles", {**FOUR, "H": 8, "STAGED": True}, {90: 0}),
-    "sketch, 8 rows": Variant("attend_tiles", {**SKETCH, "H": 8, "STAGED": True}, {90: 56, 80: 0}),
+    "sketch, 8 rows": Variant(
+        "attend_tiles", {**SKETCH, "H": 8, "STAGED": True}, {90: 56, 89: 48, 80: 0}
+    ),
     "narrow, 8 rows": Variant("attend_tiles", {**NARROW, "H": 8, "STAGED": True}, {90: 0}),
-    "wide, 8 rows": Variant("attend_tiles", {**WIDE, "H": 8, "STAGED": True}, {90: 184}),
+    "wide, 8 rows": Variant("attend_tiles", {**WIDE, "H": 8, "STAGED": True}, {90: 184, 89: 144}),
     "all on, 8 rows": Variant("attend_tiles", {**ALL_ON, "H": 8, "STAGED": True}, {90: 72, 80: 0}),
     "prepare": Variant("prepare", {}, {90: 0, 80: 8}),
     # rows of 256 numbers are rotated whole, once a call
     "prepare, wide": Variant(
-        "prepare", {**WIDE_EXACT, **ALL_ON, "SKETCH": True, "HAS_LOW": True}, {90: 272}
+        "prepare", {**WIDE_EXACT, **ALL_ON, "SKETCH": True, "HAS_LOW": True}, {90: 272, 89: 224}
     ),
     "combine": Variant("combine", {}, {90: 0, 80: 0}),
     "combine, all rows": Variant("combine", {"ROWS": 4, "PARTS": 16, "BLOCK": 8}, {90: 0}),
     "combine, wide": Variant(
         "combine",
         {**WIDE_ROWS, "PARTS": 512, "BLOCK": 32, "SINK": True, "HAS_LOW": True},
-        {90: 0, 80: 8},
+        {90: 0, 89: 152, 80: 8},
     ),
-    "plain": Variant("attend_plain", {}, {90: 32, 80: 0}),
+    "plain": Variant("attend_plain", {}, {90: 32, 89: 32, 80: 0}),
     # sums of 16 rows of up to 256 numbers, for sizes that few models have
     "plain, wide": Variant(
         "attend_plain",

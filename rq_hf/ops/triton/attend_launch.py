@@ -28,7 +28,7 @@ from rq_hf.ops.view import ExactRows, LayerView
 
 _LOG2E = math.log2(math.e)
 # rows of partial results that `combine` adds up at a time
-_PARTS_AT_ONCE = 32
+_ROWS_AT_ONCE = 32
 # programs for each multiprocessor that have room for words of 256 dimensions in shared memory
 _FEW_PROGRAMS = 4
 
@@ -332,7 +332,7 @@ class Call:
         sizes, pre, space = self.sizes, self.view.preconditioner, self.space
         parts = triton.next_power_of_2(sizes.parts)
         rows = sizes.combined_rows
-        block = max(16 // rows, min(parts, _PARTS_AT_ONCE // rows))
+        block = max(16 // rows, min(parts, _ROWS_AT_ONCE // rows))
         return Launch(
             combine,
             (sizes.units, sizes.block // rows),

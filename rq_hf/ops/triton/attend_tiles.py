@@ -7,7 +7,7 @@ For the packed tokens n of a split, with rotated integer levels k_n and z_n, sca
     partial = (max, sum of weights, sum_n weight_n b_n z_n)         with weights exp2(score_n - max)
 
 Products with levels are exact: queries, and weights times scales, are 16-bit integers, split into
-two int8 columns (high and low byte) of one tensor-core product. Codes never touch shared memory.
+two int8 columns (high and low byte) of one tensor-core product. Levels never touch shared memory.
 Padding columns cost nothing: a product has at least 8 columns, for 4 rows of queries.
 """
 
@@ -129,8 +129,8 @@ def attend_tiles(
         key_step, value_step: Steps of the integer levels.
         cap: Softcap times log2(e); rows are then prepared for tanh (CAPPED).
         k0_ .. v3_: Tables of levels, four bytes each.
-        STAGED: Whether the next tile's words wait in shared memory instead of registers, which do
-            not hold those of a wide head.
+        STAGED: Whether the next tile's words wait in shared memory. Registers do not hold those of
+            a wide head, nor beside 8 rows any without spilling.
     """
     M: gl.constexpr = gl.NVMMADistributedLayout(
         version=[2, 0], warps_per_cta=[1, 1], instr_shape=[16, 8]

@@ -258,7 +258,7 @@ def _turned_terms(rope: RopeTable, length: int, centre: Tensor, fast: int) -> Te
 
 
 def _in_operand_order(rows: Tensor, u: Tensor, halves: int, slow: bool) -> Tensor:
-    """Columns of the table as `attend_tiles.rope_table` reads them.
+    """Columns of the table as `mean_term.rope_table` reads them.
 
     [T, 2, PAIRS] and positions `[T]` -> [blocks, T / 16, 8, 4, 2, 2, 2]. Sixteen columns are a
     block: two halves, each four pairs of (cos, sin), or the Chebyshev polynomials 0 to 7.

@@ -11,9 +11,12 @@ from torch import Tensor
 from rq_hf.ops.triton.launching import processors
 from rq_hf.ops.view import ExactRows, LayerView
 
-# programs of one warp that share a multiprocessor, as their registers allow; and how many will do
+# programs of one warp that share a multiprocessor, as their registers allow
+_PROGRAMS = 8
+# so many will do
+_ENOUGH = 4
 # where more would have less than so many tiles each
-_PROGRAMS, _ENOUGH, _TILES = 8, 4, 4
+_TILES = 4
 # so many `combine` reads at once
 _MAX_PARTS = 256
 
@@ -71,7 +74,7 @@ class Sizes:
             splits=_splits(tiles, min(wanted, max(_MAX_PARTS - chunks, _MAX_PARTS // 2))),
             chunk=chunk,
             chunks=chunks,
-            # a program for each row while these do not fill the GPU twice over
+            # a program for each row, until one a unit is enough for all multiprocessors
             combined_rows=1 if units < processors(query.device) else block,
         )
 
@@ -88,7 +91,9 @@ class Sizes:
 
 @dataclass(frozen=True, eq=False)
 class Workspace:
-    """Results of one launch that the next reads, float32 unless a name says more; see the kernels.
+    """Results of one launch that the next reads, as the kernels describe them.
+
+    All are float32 but for `rows8` (int8) and `slow_coef` (float16).
 
     Attributes:
         whole: The memory that the others are pieces of.
