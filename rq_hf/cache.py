@@ -22,10 +22,12 @@ from transformers.cache_utils import (
 
 from rq_hf.attention import register
 from rq_hf.config import RotorQuantConfig
+from rq_hf.cropping import can_crop, crop_obstacle, holds_nothing
 from rq_hf.description import describe_layer
 from rq_hf.layers import RotorQuantLayer
 from rq_hf.memory import CacheMemory, reachable_tensors, storage_bytes
 from rq_hf.model_layers import make_layer, make_layers
+from rq_hf.validation import check_dtype, check_exact
 
 # the name can be set on a model as soon as there is a cache for it
 register()
@@ -120,6 +122,7 @@ class RotorQuantCache(Cache):
         held = len(self.layers)
         self._append_layers(layer_idx + 1)
         try:
+            self._check_exact(key_states, value_states, layer_idx)
             states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         except ValueError as error:
             taken_back = self._take_back(key_states, layer_idx)
@@ -130,6 +133,24 @@ class RotorQuantCache(Cache):
         self._updates += 1
         return states
 
+    def _check_exact(self, key: Tensor, value: Tensor, layer_idx: int) -> None:
+        """Refuses states that do not continue those of an exact layer, as packed layers do.
+
+        The host would find out too late, or store what the packed layers behind refuse.
+        """
+        layer: Any = self.layers[layer_idx]
+        # the host's other kinds may hold states of other shapes
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            return
+        if layer.keys is None or layer.keys.numel() == 0:
+            return
+        name = f"layer {layer_idx}"
+        device = layer.device if self.offloading else layer.keys.device
+        check_exact(key, value, (layer.keys, layer.values), device, name)
+        if key.dtype != layer.keys.dtype and self.packed_layers:
+            # with exact layers alone the host may go on in the wider dtype
+            check_dtype(key, layer.keys.dtype, name)
+
     def _take_back(self, key_states: Tensor, layer_idx: int) -> bool:
         """Takes out of earlier layers the tokens that this one has refused.
 
@@ -137,7 +158,7 @@ class RotorQuantCache(Cache):
             Whether no layer holds them any more.
         """
         layers: list[Any] = self.layers
-        if not isinstance(layers[layer_idx], RotorQuantLayer) or key_states.dim() != 4:
+        if not isinstance(layers[layer_idx], CacheLayerMixin) or key_states.dim() != 4:
             return True
         tokens, length = key_states.shape[2], layers[layer_idx].get_seq_length()
         ahead = [i for i in range(layer_idx) if _may_hold(layers[i], length + tokens)]
@@ -150,7 +171,7 @@ class RotorQuantCache(Cache):
             for i in ahead:
                 self._go_back_to_start(i)
             return True
-        croppable = all(_is_croppable_by(layers[i], tokens) for i in ahead)
+        croppable = all(can_crop(layers[i], -tokens) for i in ahead)
         if croppable:
             for i in ahead:
                 layers[i].crop(-tokens)
@@ -194,11 +215,20 @@ class RotorQuantCache(Cache):
         """Drops the newest tokens of every layer; see `RotorQuantLayer.crop`.
 
         Raises:
-            ValueError: A packed layer cannot be cropped so far; the cache is as it was.
+            ValueError: A layer cannot be cropped so far, packed or the host's; the cache is as it
+                was.
         """
         for layer in self.packed_layers:
             layer.check_crop(tokens_to_remove)
-        super().crop(tokens_to_remove)
+        layers: list[Any] = self.layers
+        for i, layer in enumerate(layers):
+            obstacle = crop_obstacle(layer, int(tokens_to_remove))
+            if obstacle is not None:
+                raise ValueError(f"layer {i}: {obstacle}")
+        for layer in layers:
+            # some of the host's fail where there is nothing to drop
+            if isinstance(layer, RotorQuantLayer) or not holds_nothing(layer):
+                layer.crop(tokens_to_remove)
 
     def reset(self, keep_statistics: bool = False) -> None:
         """Forgets all tokens; the next prompt may have another batch size, dtype or device.
@@ -337,20 +367,6 @@ def _may_hold(layer: Any, tokens: int) -> bool:
     if isinstance(layer, CacheLayerMixin):
         return layer.get_seq_length() == tokens
     return isinstance(layer, LinearAttentionCacheLayerMixin)
-
-
-def _is_croppable_by(layer: Any, tokens: int) -> bool:
-    """Whether the newest tokens of a layer can be dropped."""
-    if isinstance(layer, RotorQuantLayer):
-        try:
-            layer.check_crop(-tokens)
-        except ValueError:
-            return False
-        return True
-    if type(layer) is DynamicSlidingWindowLayer:
-        # with a recorded past the host could go back, but not twice
-        return layer.get_seq_length() < layer.sliding_window
-    return type(layer) is DynamicLayer
 
 
 def _numbers(layer: RotorQuantLayer) -> tuple[int, int]:

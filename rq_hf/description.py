@@ -24,7 +24,8 @@ def describe_layer(index: int, layer: Any) -> str:
 
 def _packed(layer: RotorQuantLayer) -> str:
     if layer.store is None or layer.codec is None:
-        return "packed, nothing stored yet"
+        kept = "" if layer.kept is None else f"; {_statistics(layer)}"
+        return f"packed, nothing stored yet{kept}"
     store, layout, config = layer.store, layer.codec.layout, layer.config
     calls = ", ".join(f"{door} {count}x" for door, count in sorted(layer.calls.items()))
     start = f"{store.sinks} exact sinks"
@@ -43,15 +44,19 @@ def _packed(layer: RotorQuantLayer) -> str:
 
 
 def _statistics(layer: RotorQuantLayer) -> str:
-    statistics = layer.preconditioner
+    statistics = layer.preconditioner or layer.kept
     if statistics is None:
         return "statistics open"
     means = {"pre-RoPE": statistics.pre_mean, "post-RoPE": statistics.post_mean}
     used = [name for name, mean in means.items() if bool(mean.any())]
-    seen = layer.statistics.power is not None or layer.kept is not None
-    balance = "queries" if seen else "keys alone"
-    text = (
-        f"key mean {' and '.join(used) or 'none'}, "
-        f"balance {f'from {balance}' if layer.config.balance else 'off'}"
-    )
-    return text if layer.kept is None else f"{text}, both kept from an earlier prompt"
+    return f"key mean {' and '.join(used) or 'none'}, {_balance(layer)}"
+
+
+def _balance(layer: RotorQuantLayer) -> str:
+    if layer.kept is not None:
+        # which queries it was made from was forgotten with that prompt
+        switch = "on" if layer.config.balance else "off"
+        return f"balance {switch}, both kept from an earlier prompt"
+    if not layer.config.balance:
+        return "balance off"
+    return f"balance from {'keys alone' if layer.statistics.power is None else 'queries'}"

@@ -5,7 +5,7 @@
 stand for and no storage. Attention code does little with its keys and values: it repeats them for
 grouped queries, transposes them, and passes them to `scaled_dot_product_attention` or two
 `matmul`s. These few calls are answered here, from the packed store. Any other operation decodes
-the layer: right, and slower; of a `Handle` it is counted, and warned of once.
+the layer: right, and slower; it is counted, and warned of once.
 """
 
 from __future__ import annotations
@@ -82,8 +82,23 @@ class StandIn(torch.Tensor):
         """Returns the states `[B, Hk, N, D]` in the dtype shown."""
         raise NotImplementedError
 
+    def count(self, door: str) -> bool:
+        """Notes which way attention was computed; False if nobody keeps account."""
+        raise NotImplementedError
+
     def decoded_for(self, operation: str) -> Tensor:
-        """Returns what `dense` does, for an operation that is not answered."""
+        """Returns what `dense` does, for an operation that is not answered.
+
+        Counts the operation, and warns of it once.
+        """
+        counted = self.count(f"decoded for {operation}")
+        if counted and operation not in _warned and not torch.compiler.is_compiling():
+            _warned.add(operation)
+            warnings.warn(
+                f"the operation '{operation}' is not known on packed {self.role}s: the layer is "
+                "decoded to a dense tensor for it, which is right but slower",
+                stacklevel=2,
+            )
         return self.dense()
 
     def stands_beside(self, other: StandIn) -> bool:
@@ -185,36 +200,23 @@ class Handle(StandIn):
         repeats: int | None = None,
         dtype: torch.dtype | None = None,
     ) -> Handle:
-        """See `StandIn`."""
         repeats = self.repeats if repeats is None else repeats
         return Handle(self.source, self.role, form or self.form, repeats, dtype or self._dtype)
 
     def decoded(self) -> Tensor:
-        """See `StandIn`."""
         return self.source.dense(self.role).to(self._dtype)
 
-    def decoded_for(self, operation: str) -> Tensor:
-        """See `StandIn`; counts the operation, and warns of it once."""
-        self.source.count(f"decoded for {operation}")
-        if operation not in _warned and not torch.compiler.is_compiling():
-            _warned.add(operation)
-            warnings.warn(
-                f"the operation '{operation}' is not known on packed {self.role}s: the layer is "
-                "decoded to a dense tensor for it, which is right but slower",
-                stacklevel=2,
-            )
-        return self.dense()
+    def count(self, door: str) -> bool:
+        self.source.count(door)
+        return True
 
     def stands_beside(self, other: StandIn) -> bool:
-        """See `StandIn`."""
         return isinstance(other, Handle) and self.source is other.source
 
     def sdpa(self, query: Tensor, **options: Any) -> Tensor | None:
-        """See `StandIn`."""
         return self.source.sdpa(query, **options)
 
     def product(self, left: Any, right: Any) -> Any:
-        """See `StandIn`."""
         if right is not self or isinstance(left, StandIn) or left.dim() != 4:
             return NotImplemented
         result = None

@@ -312,15 +312,22 @@ class RotorQuantLayer(PackedStates, CacheLayerMixin):
             raise ValueError(
                 f"crop takes minus the number of tokens to remove, got {tokens_to_remove}"
             )
+        obstacle = self.crop_obstacle(int(tokens_to_remove))
+        if obstacle is not None:
+            raise ValueError(f"{self.name}: {obstacle}")
+
+    def crop_obstacle(self, tokens_to_remove: int) -> str | None:
+        """Returns why `crop` cannot drop so many tokens, a number of at most 0; None if it can."""
         self.settle()
-        left = self.get_seq_length() + int(tokens_to_remove)
+        left = self.get_seq_length() + tokens_to_remove
         if left <= 0 or self.padding is None or tokens_to_remove == 0:
-            return
-        if left < int(self.padding.max()) + self._store.sink_length:
-            raise ValueError(
-                f"{self.name}: cropping to {left} tokens would cut into the first tokens of a "
-                "left-padded sequence; reset() the cache and run the prompt again"
-            )
+            return None
+        if left >= int(self.padding.max()) + self._store.sink_length:
+            return None
+        return (
+            f"cropping to {left} tokens would cut into the first tokens of a left-padded sequence; "
+            "reset() the cache and run the prompt again"
+        )
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keeps the sequences `beam_idx` `[B]`, in that order."""

@@ -43,6 +43,17 @@ class RotorQuantSlidingLayer(RotorQuantLayer):
         """Drops nothing from now on but in `crop`, which can so go back any number of tokens."""
         self.record_past = True
 
+    def reset(self, keep_statistics: bool = False) -> None:
+        """Forgets all tokens, and that the past was to be recorded; see `RotorQuantLayer.reset`."""
+        super().reset(keep_statistics)
+        self.record_past = False
+
+    def go_back_to_start(self) -> None:
+        """Forgets all tokens; a past that is recorded is recorded on."""
+        record_past = self.record_past
+        super().go_back_to_start()
+        self.record_past = record_past
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Returns length and offset of the keys that `query_length` new tokens will see."""
         length = self.get_seq_length()
@@ -70,20 +81,19 @@ class RotorQuantSlidingLayer(RotorQuantLayer):
         super().pack(*new)
         self._drop(self.expired(self._store.dropped + self._store.length))
 
-    def check_crop(self, tokens_to_remove: int) -> None:
-        """Refuses what `crop` cannot do.
-
-        Raises:
-            ValueError: As for other layers, or tokens that would be in the window again are gone.
-        """
-        super().check_crop(tokens_to_remove)
-        left = self.get_seq_length() + int(tokens_to_remove)
-        if left > 0 and self._store.dropped > max(0, left - self.sliding_window + 1):
-            raise ValueError(
-                f"{self.name}: cropping to {left} tokens would bring back some that have left the "
-                f"window of {self.sliding_window} and are gone; call activate_past_recording() "
-                "before they are stored, or reset() the cache and run the prompt again"
-            )
+    def crop_obstacle(self, tokens_to_remove: int) -> str | None:
+        """As for other layers; or tokens that would be in the window again are gone."""
+        obstacle = super().crop_obstacle(tokens_to_remove)
+        if obstacle is not None:
+            return obstacle
+        left = self.get_seq_length() + tokens_to_remove
+        if left <= 0 or self._store.dropped <= max(0, left - self.sliding_window + 1):
+            return None
+        return (
+            f"cropping to {left} tokens would bring back some that have left the window of "
+            f"{self.sliding_window} and are gone; call activate_past_recording() before they are "
+            "stored, or reset() the cache and run the prompt again"
+        )
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drops the newest tokens, and of the oldest ones those that have left the window."""

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
+from rq_hf.static_limits import check_room
+
 
 class ExactStaticLayer(StaticLayer):
     """Gives of several new tokens, and of all before them, the rows that are there.
@@ -44,13 +46,7 @@ class ExactStaticLayer(StaticLayer):
 
     def _check_room(self, new: int) -> int:
         """Returns the tokens of a sequence with `new` ones."""
-        stored = int(self.get_seq_length())
-        if stored + new > self.max_cache_len:
-            raise ValueError(
-                f"{stored} tokens and {new} new ones are more than max_cache_len = "
-                f"{self.max_cache_len}; make a cache with a larger max_cache_len"
-            )
-        return stored + new
+        return check_room(int(self.get_seq_length()), new, self.max_cache_len, "an exact layer")
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Returns length and offset of the keys that `query_length` new tokens will see."""

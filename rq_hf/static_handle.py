@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rq_hf.handle import Form, Role, StandIn, decode, shape_of
+from rq_hf.handle import Form, Role, StandIn, shape_of
 from rq_hf.static_ops import StaticTensors, attend_static, decode_static
+from rq_hf.static_sources import Keeper
 
 
 class StaticHandle(StandIn):
@@ -29,10 +30,14 @@ class StaticHandle(StandIn):
         length: Tokens that the cache has room for: as many are shown.
         sink_length: Sinks of the layer.
         recipe: Name of its `Recipe`.
+
+    Attributes:
+        layer: The layer, where nothing is compiled: it counts calls, and is told what fails.
     """
 
     # one of the `StaticTensors`, all of which are attributes
     records: Tensor
+    layer: Keeper | None = None
 
     @staticmethod
     def __new__(
@@ -98,16 +103,22 @@ class StaticHandle(StandIn):
         }
 
     def seen(self, **changes: Any) -> StaticHandle:
-        """See `StandIn`."""
-        return StaticHandle(*self.tensors(), **{**self.options(), **changes})
+        again = StaticHandle(*self.tensors(), **{**self.options(), **changes})
+        if not torch.compiler.is_compiling():
+            again.layer = self.layer
+        return again
+
+    def count(self, door: str) -> bool:
+        if torch.compiler.is_compiling() or self.layer is None:
+            return False
+        self.layer.count(door)
+        return True
 
     def decoded(self) -> Tensor:
-        """See `StandIn`."""
         decoded = decode_static(self.tensors(), self.length, self.sink_length, self.recipe)
         return decoded[0 if self.role == "key" else 1].to(self.shown)
 
     def stands_beside(self, other: StandIn) -> bool:
-        """See `StandIn`."""
         return isinstance(other, StaticHandle) and self.records is other.records
 
     def sdpa(
@@ -119,7 +130,6 @@ class StaticHandle(StandIn):
         causal: bool,
         scale: float | None,
     ) -> Tensor | None:
-        """See `StandIn`."""
         if dropout or causal or (torch.is_grad_enabled() and query.requires_grad):
             return None
         return self.attend(query, mask=mask, scale=scale)
@@ -139,6 +149,24 @@ class StaticHandle(StandIn):
             ValueError: The mask has fewer columns than the cache has room for tokens: how many
                 there are is not known here.
         """
+        layer = None if torch.compiler.is_compiling() else self.layer
+        if layer is None:
+            return self._attend(query, mask, scale, softcap, sinks)
+        layer.check_usable()
+        try:
+            return self._attend(query, mask, scale, softcap, sinks)
+        except Exception as error:
+            layer.refused(error, 1)
+            raise
+
+    def _attend(
+        self,
+        query: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
         if mask is not None and mask.shape[-1] < self.length:
             raise ValueError(
                 f"the mask of a step has {mask.shape[-1]} columns, but a static cache needs one "
@@ -151,6 +179,13 @@ class StaticHandle(StandIn):
         )
 
     def product(self, left: Any, right: Any) -> Any:
-        """See `StandIn`."""
         # once here: below it would be decoded for the reshapes that a product is made of
-        return torch.matmul(decode(left, "matmul"), decode(right, "matmul"))
+        return torch.matmul(_known(left), _known(right))
+
+
+def _known(thing: Any) -> Any:
+    """Returns `thing`, decoded for a product if it stands for states; no cause for a warning."""
+    if not isinstance(thing, StandIn):
+        return thing
+    thing.count("decoded for matmul")
+    return thing.dense()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,14 +18,25 @@ from rq_hf.ops.dispatch import MAX_QUERIES
 from rq_hf.packed_states import codec_fields
 from rq_hf.quant.preconditioning import Preconditioner
 from rq_hf.quant.rope import RopeTable
-from rq_hf.sources import PromptSource, ViewSource
 from rq_hf.static_handle import StaticHandle
-from rq_hf.static_limits import FixedLayer
+from rq_hf.static_limits import FixedLayer, check_room
 from rq_hf.static_ops import Recipe, append_, intern_recipe, recipe_of
+from rq_hf.static_sources import StaticPromptSource, StaticViewSource
 from rq_hf.static_store import StaticStore
 
 # statistics of fewer tokens would say more about these than about the ones to come
 MIN_STATISTICS = 32
+HALF_WAY = (
+    "a pass was refused or broken off half-way, and layers hold tokens that others do not: reset() "
+    "the cache and run the prompt again"
+)
+
+
+class Owner(Protocol):
+    """The cache of a layer."""
+
+    def refused(self, error: Exception, layer_idx: int, stored: int) -> None:
+        """Tells that a layer has refused a pass, of which it holds `stored` tokens itself."""
 
 
 class RotorQuantStaticLayer(FixedLayer):
@@ -42,6 +53,10 @@ class RotorQuantStaticLayer(FixedLayer):
         layer_idx: Position in the model, for messages.
         rope: What the model's position embedding does to this layer's keys; None if unknown.
         gives_handles: Tells whether the model's attention takes handles.
+
+    Attributes:
+        owner: Gives the cache, which is told when attention fails.
+        spoilt: Whether the cache must be reset before anything else, see `refused`.
     """
 
     is_compileable = True
@@ -58,7 +73,10 @@ class RotorQuantStaticLayer(FixedLayer):
         self.max_cache_len = max_cache_len
         self._steps = False
         self._takes_handles = True
+        self._measured = False
         self._recipe = ""
+        self.owner: Callable[[], Owner | None] = lambda: None
+        self.spoilt = False
         super().__init__(config, layer_idx, rope, gives_handles, **kwargs)
 
     def __repr__(self) -> str:
@@ -97,6 +115,8 @@ class RotorQuantStaticLayer(FixedLayer):
                 and all on a GPU, note on the device that their states were not finite: the next
                 update of several tokens tells, as do `settle` and `check_steps`.
         """
+        if not torch.compiler.is_compiling():
+            self.check_usable()
         if self._pending is not None:
             self._store_prompt()
         if self._steps and key_states.shape[2] == 1:
@@ -130,6 +150,8 @@ class RotorQuantStaticLayer(FixedLayer):
         }
         key = StaticHandle(*tensors, role="key", **options)
         value = StaticHandle(*tensors, role="value", **options)
+        if not torch.compiler.is_compiling():
+            key.layer = value.layer = self
         return (key, value) if self._takes_handles else (key.dense(), value.dense())
 
     @torch.compiler.disable(reason="the host stores prompts; compile steps of one token only")
@@ -139,7 +161,7 @@ class RotorQuantStaticLayer(FixedLayer):
         """Stores the prompt, or several tokens behind it; `plain` asks for dense tensors."""
         self._check(key_states, value_states)
         self.check_steps()
-        self._check_room(key_states.shape[2])
+        check_room(int(self.get_seq_length()), key_states.shape[2], self.max_cache_len, self.name)
         value_states = value_states.to(key_states.dtype)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -156,12 +178,12 @@ class RotorQuantStaticLayer(FixedLayer):
         self.settle()
         return key, value
 
-    def _source_of_many(self, key: Tensor, value: Tensor) -> PromptSource | ViewSource:
+    def _source_of_many(self, key: Tensor, value: Tensor) -> StaticPromptSource | StaticViewSource:
         if self._steps:
             view = self._extend_store(key.detach(), value.detach())
-            return ViewSource(view, self, key.shape[2], observed=False)
+            return StaticViewSource(view, self, key.shape[2], observed=False)
         self._pending = (key.detach(), value.detach())
-        return PromptSource(key, value, self)
+        return StaticPromptSource(key, value, self)
 
     def _extend_store(self, key: Tensor, value: Tensor) -> LayerView:
         """Stores tokens behind others; returns what their queries read."""
@@ -194,8 +216,27 @@ class RotorQuantStaticLayer(FixedLayer):
 
     @property
     def takes_steps(self) -> bool:
-        """Whether the prompt is stored, and statistics are frozen."""
-        return self._steps and self._pending is None
+        """Whether the prompt is stored, statistics are frozen and nothing was refused."""
+        return self._steps and self._pending is None and not self.spoilt
+
+    def check_usable(self) -> None:
+        """Refuses what would go on where a pass was refused half-way.
+
+        Raises:
+            ValueError: The cache must be reset first.
+        """
+        if self.spoilt:
+            raise ValueError(f"{self.name}: {HALF_WAY}")
+
+    def refused(self, error: Exception, tokens: int) -> None:
+        """Tells the cache that attention of the newest `tokens` tokens has failed.
+
+        Raises:
+            ValueError: The cache must be reset, see `RotorQuantStaticCache.update`.
+        """
+        owner = self.owner()
+        if owner is not None:
+            owner.refused(error, self.layer_idx, tokens)
 
     @property
     def recipe(self) -> str:
@@ -229,6 +270,8 @@ class RotorQuantStaticLayer(FixedLayer):
         self.store = static.working_copy()
         try:
             self.extend(key, value)
+            # those that packing has needed are measured
+            self._measured = self.preconditioner is not None
             preconditioner = self.preconditioner or self._freeze()
             static.take(self.store)
         finally:
@@ -262,6 +305,7 @@ class RotorQuantStaticLayer(FixedLayer):
             return self.kept
         if rest[0].shape[2] < MIN_STATISTICS:
             return Preconditioner.identity(rows[0])
+        self._measured = True
         return self._measure(rest, self.padding)
 
     def _begin(self, preconditioner: Preconditioner) -> None:
@@ -300,14 +344,6 @@ class RotorQuantStaticLayer(FixedLayer):
                 )
         super()._check(key, value)
 
-    def _check_room(self, new: int) -> None:
-        stored = int(self.get_seq_length())
-        if stored + new > self.max_cache_len:
-            raise ValueError(
-                f"{self.name}: {stored} tokens and {new} new ones are more than max_cache_len = "
-                f"{self.max_cache_len}; make a cache with a larger max_cache_len"
-            )
-
     def get_seq_length(self) -> Any:
         """Returns the tokens of a sequence so far: 0, or a tensor that steps count up in."""
         if self._pending is not None:
@@ -329,13 +365,16 @@ class RotorQuantStaticLayer(FixedLayer):
 
         Args:
             keep_statistics: Pack the next prompt with the statistics of this one, see
-                `RotorQuantLayer.reset`.
+                `RotorQuantLayer.reset`. After a prompt too short to measure there are none to keep
+                but those kept before.
         """
-        store, codec, kept = self.store, self.codec, self.preconditioner or self.kept
+        measured = self.preconditioner if self._measured else None
+        store, codec, kept = self.store, self.codec, measured or self.kept
         self.forget()
         self.store, self.codec = store, codec
         self.kept = kept if keep_statistics else None
         self._pending, self._steps = None, False
+        self._measured = self.spoilt = False
         if store is not None:
             self.static.clear()
 

@@ -1,11 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a layer refuses whose buffers keep their sizes and their places."""
+"""What layers refuse whose buffers keep their sizes and their places."""
 
 from __future__ import annotations
 
 import torch
 
 from rq_hf.layers import RotorQuantLayer
+
+
+def check_room(stored: int, new: int, room: int, name: str) -> int:
+    """Returns the tokens of a sequence with the `new` ones.
+
+    Raises:
+        ValueError: They are more than there is `room` for.
+    """
+    if stored + new > room:
+        raise ValueError(
+            f"{name}: {stored} tokens and {new} new ones are more than max_cache_len = {room}; "
+            "make a cache with a larger max_cache_len"
+        )
+    return stored + new
 
 
 class FixedLayer(RotorQuantLayer):

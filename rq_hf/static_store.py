@@ -6,9 +6,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rq_hf.ops.append import Buffers
 from rq_hf.quant.preconditioning import Preconditioner
 from rq_hf.quant.rope import RopeTable
-from rq_hf.static_ops import Buffers, StaticTensors
+from rq_hf.static_ops import StaticTensors
 from rq_hf.storage import LayerStore, RowBuffer
 
 

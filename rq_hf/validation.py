@@ -63,10 +63,48 @@ def check_unchanged(
             f"{layer}: the cache holds (batch, kv_heads, head_dim) = {shape}, got {new}; use a new "
             "cache for another model or batch, or reset() this one"
         )
+    check_dtype(key, dtype, layer)
+
+
+def check_dtype(key: Tensor, dtype: torch.dtype, layer: str) -> None:
+    """Refuses new keys of another dtype than the stored ones.
+
+    Raises:
+        ValueError: The dtypes differ.
+    """
     if key.dtype != dtype:
         raise ValueError(
             f"{layer}: the cache holds {dtype}, got {key.dtype}; use a new cache, or reset()"
         )
+
+
+def check_exact(
+    key: Tensor,
+    value: Tensor,
+    stored: tuple[Tensor, Tensor],
+    device: torch.device,
+    layer: str,
+) -> None:
+    """Refuses new states that do not continue those of an exact layer of the host.
+
+    Args:
+        key: New keys `[B, Hk, t, D]`.
+        value: New values; their head_dim may differ from that of the keys.
+        stored: Keys and values stored.
+        device: Where these are while they are in use.
+        layer: Name of the layer for the message.
+
+    Raises:
+        ValueError: Batch, heads, head_dim or device differ from those stored.
+    """
+    for name, new, old in zip(("keys", "values"), (key, value), stored, strict=True):
+        mine, theirs = (tuple((*x.shape[:-2], x.shape[-1])) for x in (old, new))
+        if theirs != mine:
+            raise ValueError(
+                f"{layer}: the cache holds {name} of (batch, kv_heads, head_dim) = {mine}, got "
+                f"{theirs}; use a new cache for another model or batch, or reset() this one"
+            )
+    check_device(key, device, layer)
 
 
 def check_kept(key: Tensor, balance: Tensor, layer: str) -> None:

@@ -3,13 +3,18 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support.models import make_model, make_tokens
-from support.static import LENGTH, compiled, forget_compiled, generate, make_prompt, static
+from support.static import LENGTH, NEW, compiled, forget_compiled, generate, make_prompt, static
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from rq_hf import RotorQuantConfig, RotorQuantStaticCache, layers
@@ -64,13 +69,198 @@ def test_prompts_that_do_not_fit(model: PreTrainedModel) -> None:
     assert int(cache.get_seq_length()) == LENGTH
 
 
-@pytest.mark.parametrize("options", [{}, compiled()])
-def test_steps_that_do_not_fit(model: PreTrainedModel, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, f"{LENGTH + 3} tokens and 1 new ones are more than max_cache_len"),
+        (compiled(), f"holds max_cache_len = {LENGTH + 3} tokens"),
+    ],
+)
+def test_steps_that_do_not_fit(
+    model: PreTrainedModel, options: dict[str, Any], message: str
+) -> None:
     forget_compiled(model)
     cache = static(model, LENGTH + 3)
-    with pytest.raises(ValueError, match=f"holds max_cache_len = {LENGTH + 3} tokens"):
+    with pytest.raises(ValueError, match=message):
         generate(model, make_prompt(), cache, max_new_tokens=6, **options)
     assert int(cache.get_seq_length()) == LENGTH + 3
+
+
+@torch.no_grad()
+def test_no_layer_stores_what_does_not_fit_into_a_later_one() -> None:
+    model = make_model("gemma3")
+    cache, other = static(model, 64), static(model, 64)
+    # a sliding layer comes first, which takes any number
+    assert cache.layers[0] not in cache.packed_layers
+    model(make_tokens(50), past_key_values=cache)
+    for mask in (None, torch.ones(1, 1, 40, 90, dtype=torch.bool)):
+        # for a finished mask the host does not ask for sizes
+        masks = (
+            mask if mask is None else dict.fromkeys(("sliding_attention", "full_attention"), mask)
+        )
+        with pytest.raises(ValueError, match="layer 1: 50 tokens and 40 new ones are more than"):
+            model(make_tokens(40), past_key_values=cache, attention_mask=masks)
+        assert lengths(cache) == [50, 50]
+    model(make_tokens(50), past_key_values=other)
+    for x in (cache, other):
+        model(make_tokens(14), past_key_values=x)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="layer 1: 64 tokens and 1 new ones are more than"):
+            model(make_tokens(1), past_key_values=cache)
+        assert lengths(cache) == [64, 64]
+    for mine, theirs in zip(cache.layers, other.layers, strict=True):
+        assert torch.equal(mine.keys, theirs.keys)
+
+
+def lengths(cache: RotorQuantStaticCache) -> list[int]:
+    return [int(layer.get_seq_length()) for layer in cache.layers]
+
+
+@contextmanager
+def broken(model: PreTrainedModel, layer_idx: int) -> Iterator[None]:
+    """Has one layer of the model give values that are not finite."""
+    weight = model.model.layers[layer_idx].self_attn.v_proj.weight
+    before = weight.detach().clone()
+    with torch.no_grad():
+        weight[0, 0] = torch.nan
+        try:
+            yield
+        finally:
+            weight.copy_(before)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("keeps", [False, True])
+@torch.no_grad()
+def test_first_tokens_are_taken_back(family: str, keeps: bool) -> None:
+    model = make_model(family)
+    cache, other = static(model), static(model)
+    if keeps:
+        for x in (cache, other):
+            model(make_tokens(LENGTH, seed=1), past_key_values=x)
+            x.reset(keep_statistics=True)
+    for tokens in (LENGTH, 1):
+        with broken(model, 1), pytest.raises(ValueError, match="layer 1: .* NaN") as caught:
+            model(make_tokens(tokens), past_key_values=cache)
+        assert "reset" not in str(caught.value)
+        assert lengths(cache) == [0, 0]
+    addresses = [x.data_ptr() for x in cache.packed_layers[0].static.tensors_read]
+    for tokens in (LENGTH, 1, 5):
+        mine, theirs = (
+            model(make_tokens(tokens, seed=2), past_key_values=x).logits for x in (cache, other)
+        )
+        assert torch.equal(mine, theirs)
+    assert [x.data_ptr() for x in cache.packed_layers[0].static.tensors_read] == addresses
+    assert all((layer.kept is not None) == keeps for layer in cache.packed_layers)
+
+
+def refused_by_numbers(model: PreTrainedModel, cache: RotorQuantStaticCache, tokens: int) -> None:
+    with broken(model, 1):
+        model(make_tokens(tokens), past_key_values=cache)
+
+
+def refused_by_mask(model: PreTrainedModel, cache: RotorQuantStaticCache, tokens: int) -> None:
+    mask = torch.ones(1, 1, tokens, 90, dtype=torch.bool)
+    model(make_tokens(tokens), past_key_values=cache, attention_mask=mask)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+@pytest.mark.parametrize("refused", [refused_by_numbers, refused_by_mask])
+@torch.no_grad()
+def test_later_tokens_spoil_the_cache(
+    model: PreTrainedModel, refused: Callable[..., None], tokens: int
+) -> None:
+    forget_compiled(model)
+    cache = static(model)
+    model(make_tokens(LENGTH), past_key_values=cache)
+    key, value = cache.packed_layers[1].update(*torch.zeros(2, 1, 2, 1, 64))
+    cache.reset()
+    model(make_tokens(LENGTH), past_key_values=cache)
+    with pytest.raises(ValueError, match=r"layers before it hold these tokens .* reset\(\)"):
+        refused(model, cache, tokens)
+    for options in (
+        {"tokens": make_tokens(1)},
+        {"tokens": make_tokens(5)},
+        {"tokens": make_tokens(1), "attention_mask": torch.ones(1, 1, 1, LENGTH + NEW).bool()},
+    ):
+        with pytest.raises(ValueError, match=r"half-way, .* reset\(\)"):
+            model(options.pop("tokens"), past_key_values=cache, **options)
+    for call in (
+        lambda: cache.update(*torch.zeros(2, 1, 2, 1, 64), 1),
+        lambda: cache.packed_layers[1].update(*torch.zeros(2, 1, 2, 1, 64)),
+        lambda: F.scaled_dot_product_attention(torch.ones(1, 2, 1, 64), key, value),
+    ):
+        with pytest.raises(ValueError, match=r"half-way, .* reset\(\)"):
+            call()
+    assert not any(layer.takes_steps for layer in cache.packed_layers)
+    with pytest.raises(ValueError, match=r"half-way, .* reset\(\)"):
+        torch.compile(model, backend="eager")(make_tokens(1), past_key_values=cache)
+    cache.reset()
+    other = static(model)
+    for count in (LENGTH, 1):
+        mine, theirs = (model(make_tokens(count), past_key_values=x).logits for x in (cache, other))
+        assert torch.equal(mine, theirs)
+
+
+@torch.no_grad()
+def test_first_tokens_with_a_narrow_mask_are_taken_back(model: PreTrainedModel) -> None:
+    cache = static(model)
+    for tokens in (LENGTH, 1):
+        # several tokens attend to themselves by the host's own function
+        with pytest.raises((ValueError, RuntimeError)) as caught:
+            refused_by_mask(model, cache, tokens)
+        assert "reset" not in str(caught.value)
+        assert lengths(cache) == [0, 0]
+    model(make_tokens(LENGTH), past_key_values=cache)
+    assert lengths(cache) == [LENGTH, LENGTH]
+
+
+@torch.no_grad()
+def test_what_a_host_layer_cannot_store_spoils_the_cache() -> None:
+    model = make_model("gemma3")
+    cache = static(model)
+    model(make_tokens(LENGTH), past_key_values=cache)
+    with pytest.raises(RuntimeError, match="Sizes of tensors"):
+        model(make_tokens(5, batch=2), past_key_values=cache)
+    with pytest.raises(ValueError, match=r"half-way, .* reset\(\)"):
+        model(make_tokens(1), past_key_values=cache)
+
+
+@torch.no_grad()
+def test_passes_broken_off_are_noticed(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = static(model)
+    model(make_tokens(LENGTH), past_key_values=cache)
+    with monkeypatch.context() as patch:
+
+        def stop(*args: Any, **kwargs: Any) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(model.model.layers[1], "forward", stop)
+        with pytest.raises(KeyboardInterrupt):
+            model(make_tokens(5), past_key_values=cache)
+    assert lengths(cache) == [LENGTH + 5, LENGTH]
+    for tokens in (5, 1):
+        with pytest.raises(ValueError, match=r"half-way, .* reset\(\)"):
+            model(make_tokens(tokens), past_key_values=cache)
+    cache.reset()
+    model(make_tokens(5), past_key_values=cache)
+    assert lengths(cache) == [5, 5]
+
+
+def test_the_cache_is_free_when_nobody_has_it(model: PreTrainedModel) -> None:
+    cache = static(model)
+    with torch.no_grad():
+        for tokens in (LENGTH, 1):
+            model(make_tokens(tokens), past_key_values=cache)
+    held = weakref.ref(cache)
+    gc.disable()
+    try:
+        del cache
+        assert held() is None
+    finally:
+        gc.enable()
 
 
 @torch.no_grad()

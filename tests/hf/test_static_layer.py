@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.integrations.sdpa_attention import repeat_kv
 
-from rq_hf import layers
+from rq_hf import handle, layers
 from rq_hf.config import RotorQuantConfig
 from rq_hf.handle import Handle
 from rq_hf.layers import RotorQuantLayer
@@ -280,6 +280,21 @@ def test_statistics_may_be_kept(tokens: int) -> None:
         assert int(layer.get_seq_length()) == tokens
 
 
+@pytest.mark.parametrize(("tokens", "measured"), [(1, False), (10, False), (35, False), (36, True)])
+def test_prompts_too_short_to_measure_leave_no_statistics(tokens: int, measured: bool) -> None:
+    layer = RotorQuantStaticLayer(RotorQuantConfig(**SETTINGS["4 bits"]), ROOM)
+    layer.update(*make_states(tokens, 0))
+    layer.settle()
+    layer.reset(keep_statistics=True)
+    assert (layer.kept is not None) == measured
+    other = RotorQuantStaticLayer(RotorQuantConfig(**SETTINGS["4 bits"]), ROOM)
+    for x in (layer, other):
+        x.update(*make_states(150, 1))
+        x.settle()
+    pairs = zip(*(x.static.tensors_read.statistics for x in (layer, other)), strict=True)
+    assert all(torch.equal(*pair) for pair in pairs) != measured
+
+
 def static_handles(padding: int, **settings: Any) -> tuple[StaticHandle, StaticHandle, int]:
     """Returns the handles of a step, and how many tokens there are."""
     pair = Pair(padding, **settings)
@@ -319,6 +334,7 @@ OPERATIONS: dict[str, Any] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:the operation")
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operations_give_what_they_give_on_decoded_states(name: str) -> None:
     key, value, _ = static_handles(PADDING, **SETTINGS["4 bits"])
@@ -330,6 +346,20 @@ def test_operations_give_what_they_give_on_decoded_states(name: str) -> None:
     assert torch.equal(mine, theirs)
 
 
+def test_unknown_operations_are_counted_and_warned_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handle, "_warned", set())
+    layer = RotorQuantStaticLayer(RotorQuantConfig(**SETTINGS["4 bits"]), ROOM)
+    layer.update(*make_states(150, 0))
+    key, value = layer.update(*make_states(1, 1))
+    with pytest.warns(UserWarning, match=r"operation 'exp' is not known on packed keys") as seen:
+        assert torch.equal(key.exp(), key.transpose(2, 3).exp().transpose(2, 3))
+    assert len(seen) == 1 and layer.calls["decoded for exp"] == 2
+    # products are known, if not on packed states
+    torch.matmul(make_query(1, 3)[:, :HEADS], key.transpose(2, 3))
+    assert layer.calls["decoded for matmul"] == 1
+
+
+@pytest.mark.filterwarnings("ignore:the operation")
 def test_attention_with_gradient_or_dropout_is_the_hosts_own() -> None:
     key, value, tokens = static_handles(0, **SETTINGS["4 bits"])
     mask = make_mask(1, ROOM, tokens, 0)
