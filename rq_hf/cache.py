@@ -108,10 +108,10 @@ class RotorQuantCache(Cache):
         Raises:
             ValueError: The states cannot be stored, or the cache was made for a model with fewer
                 layers; this layer is as it was. If the layers before it have stored the same
-                tokens already, a cache made with the model's config takes these back: a first
-                prompt by `reset` of these layers, others by `crop`, after which all layers have
-                the length from before, and what these tokens made leave the tail stays packed.
-                Where that cannot be done (without config, beyond a window, behind linear
+                tokens already, a cache made with the model's config takes these back. Packed
+                layers then are as they were, statistics included. The host's layers are cropped: a
+                window that records its past keeps of it what its next query sees. Where that
+                cannot be done (without config, in a window of the host that is full, behind linear
                 attention) the message says that only `reset` helps.
         """
         if self.layer_class_to_replicate is None and layer_idx >= len(self.layers):
@@ -131,6 +131,10 @@ class RotorQuantCache(Cache):
                 raise ValueError(f"{error}. {_NOT_TAKEN_BACK}") from error
             raise
         self._updates += 1
+        if layer_idx + 1 == len(self.layers):
+            # no layer is left that could refuse what all others have stored
+            for layer in self.packed_layers:
+                layer.forget_before()
         return states
 
     def _check_exact(self, key: Tensor, value: Tensor, layer_idx: int) -> None:
@@ -171,11 +175,17 @@ class RotorQuantCache(Cache):
             for i in ahead:
                 self._go_back_to_start(i)
             return True
-        croppable = all(can_crop(layers[i], -tokens) for i in ahead)
-        if croppable:
-            for i in ahead:
+        packed = [i for i in ahead if isinstance(layers[i], RotorQuantLayer)]
+        exact = [i for i in ahead if i not in packed]
+        able = all(layers[i].can_go_back_to(length) for i in packed) and all(
+            can_crop(layers[i], -tokens) for i in exact
+        )
+        if able:
+            for i in packed:
+                layers[i].go_back()
+            for i in exact:
                 layers[i].crop(-tokens)
-        return croppable
+        return able
 
     def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
         """Fetches the next offloaded layer from `layer_idx` on, on a stream of its own."""

@@ -100,6 +100,7 @@ class RotorQuantLayer(PackedStates, CacheLayerMixin):
             value_states = value_states.to(key_states.dtype)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self.note_before()
         source = self._take(key_states, value_states)
         if self.config.path == "auto" and self.gives_handles():
             return Handle(source, "key"), Handle(source, "value")
@@ -281,6 +282,11 @@ class RotorQuantLayer(PackedStates, CacheLayerMixin):
         """Forgets all tokens, and keeps what statistics there were before the first one."""
         self.reset(keep_statistics=self.kept is not None)
 
+    def go_back(self) -> None:
+        """Puts back what there was before the last update, statistics included."""
+        super().go_back()
+        self._pending = None
+
     def crop(self, tokens_to_remove: int) -> None:
         """Drops the newest tokens; the packed ones that stay keep their codes bit for bit.
 
@@ -298,6 +304,7 @@ class RotorQuantLayer(PackedStates, CacheLayerMixin):
         if self.get_seq_length() + tokens_to_remove <= 0:
             self.go_back_to_start()
         else:
+            self.forget_before()
             self.store.crop(-int(tokens_to_remove))
 
     def check_crop(self, tokens_to_remove: int) -> None:

@@ -20,7 +20,15 @@ from rq_hf.quant.preconditioning import Preconditioner
 from rq_hf.quant.rope import RopeTable
 from rq_hf.quant.tiles import TileCodec
 from rq_hf.statistics import QueryStatistics
-from rq_hf.storage import LayerStore, RowBuffer
+from rq_hf.storage import LayerStore, RowBuffer, StoreMark
+
+# store, frozen statistics, padding, and what is known of queries and padding while they are open
+_Before = tuple[
+    StoreMark,
+    Preconditioner | None,
+    Tensor | None,
+    tuple[Tensor | None, Tensor | None, Tensor | None],
+]
 
 
 class PackedStates:
@@ -38,6 +46,8 @@ class PackedStates:
         padding: Left padding `[B]` that the sinks skip; None for none.
     """
 
+    _before: _Before | None
+
     def __init__(self, config: RotorQuantConfig, layer_idx: int, rope: RopeTable | None) -> None:
         self.config = config
         self.layer_idx = layer_idx
@@ -52,6 +62,36 @@ class PackedStates:
         self.statistics = QueryStatistics()
         self.kept: Preconditioner | None = None
         self.padding: Tensor | None = None
+        self.forget_before()
+
+    def note_before(self) -> None:
+        """Notes what there is, for `go_back`; in force until the next note, crop, map or forget."""
+        store, seen = self.store, self.statistics
+        if store is None or store.length == 0:
+            self._before = None
+            return
+        self._before = (
+            store.mark(),
+            self.preconditioner,
+            self.padding,
+            (seen.total, seen.count, seen.padding),
+        )
+
+    def forget_before(self) -> None:
+        """Lets go of what `note_before` noted."""
+        self._before = None
+
+    def can_go_back_to(self, length: int) -> bool:
+        """Whether a note was made when there were `length` tokens."""
+        return self._before is not None and self._before[0].length == length
+
+    def go_back(self) -> None:
+        """Puts back what there was at the last note, statistics included."""
+        assert self._before is not None
+        mark, self.preconditioner, self.padding, seen = self._before
+        self._store.go_back(mark)
+        self.statistics.total, self.statistics.count, self.statistics.padding = seen
+        self.forget_before()
 
     @property
     def name(self) -> str:
@@ -208,6 +248,7 @@ class PackedStates:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
         """Applies `function` to every tensor, all batch first."""
+        self.forget_before()
         self.kept = None if self.kept is None else self.kept.map(function)
         if self.store is None:
             return

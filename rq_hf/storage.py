@@ -14,6 +14,7 @@ tiles; it then begins at the token of index `dropped`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -82,7 +83,28 @@ class RowBuffer:
         """Replaces the used rows of every tensor by `function` of them, without spare room."""
         self._head = None
         with torch.inference_mode(False):
-            self.tensors = [function(t[:, :, : self.length]).contiguous() for t in self.tensors]
+            # in the same list, which a mark of the store may hold: no old tensor stays with it
+            self.tensors[:] = [function(t[:, :, : self.length]).contiguous() for t in self.tensors]
+
+
+class StoreMark(NamedTuple):
+    """What a store held, without a copy: rows that were in use are not written to.
+
+    A buffer that has grown since holds the same rows; one that was replaced is kept by its mark.
+    An open tile that was filled since keeps the codes of its first tokens.
+    """
+
+    exact: RowBuffer
+    exact_length: int
+    tiles: list[Tensor]
+    tiles_length: int
+    packed_length: int
+    dropped: int
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence, dropped ones included."""
+        return self.exact_length + self.packed_length + self.dropped
 
 
 class LayerStore:
@@ -160,6 +182,20 @@ class LayerStore:
         self.packed_length -= from_packed
         self.tiles.length = -(-self.packed_length // self.tile_length)
         self.exact.length = max(0, self.exact.length - (tokens - from_tail - from_packed))
+
+    def mark(self) -> StoreMark:
+        """Returns what `go_back` takes; of no use after a crop, a selection or a move."""
+        exact, tiles = self.exact, self.tiles
+        return StoreMark(
+            exact, exact.length, tiles.tensors, tiles.length, self.packed_length, self.dropped
+        )
+
+    def go_back(self, mark: StoreMark) -> None:
+        """Puts back what there was at the mark."""
+        self.exact, self.exact.length = mark.exact, mark.exact_length
+        self.tiles.tensors, self.tiles.length = mark.tiles, mark.tiles_length
+        self.packed_length, self.dropped = mark.packed_length, mark.dropped
+        self.exact._head = self.tiles._head = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
         """Replaces all tensors by `function` of their used part (batch selection, device)."""

@@ -98,7 +98,7 @@ def check_exact(
         ValueError: Batch, heads, head_dim or device differ from those stored.
     """
     for name, new, old in zip(("keys", "values"), (key, value), stored, strict=True):
-        mine, theirs = (tuple((*x.shape[:-2], x.shape[-1])) for x in (old, new))
+        mine, theirs = ((*x.shape[:-2], x.shape[-1]) for x in (old, new))
         if theirs != mine:
             raise ValueError(
                 f"{layer}: the cache holds {name} of (batch, kv_heads, head_dim) = {mine}, got "

@@ -58,14 +58,17 @@ ARROWS = {
         "static_exact",
         "static_layer",
     },
+    "cropping": {"layers"},
     "cache": {
         "attention",
         "config",
+        "cropping",
         "description",
         "layers",
         "memory",
         "model_layers",
         "serialization",
+        "validation",
     },
     "static_cache": {
         "cache",
@@ -103,6 +106,7 @@ ARROWS = {
 HOST = {
     "attention",
     "cache",
+    "cropping",
     "description",
     "graph",
     "graph_state",

@@ -2,12 +2,14 @@
 """The cache inside real model classes: generate() flows, kinds of layers, refusals, memory."""
 
 import copy
+import re
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.models import DECODERS as DECODER_FACTORIES
 from support.models import make_model, make_tokens
 from support.oracle import make_oracle
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
@@ -157,6 +159,80 @@ def test_another_model_is_refused_and_the_cache_is_as_it_was(llama: PreTrainedMo
     assert all(torch.equal(x.keys, k) for x, k in zip(cache.layers, keys, strict=True))
 
 
+EXACT_FIRST: list[tuple[str, dict[str, Any]]] = [("gemma3", {}), ("llama", {"layer_bits": {0: 16}})]
+
+
+@pytest.mark.parametrize(("family", "settings"), EXACT_FIRST)
+@pytest.mark.parametrize("length", [20, 300])
+def test_an_exact_layer_in_front_refuses_what_packed_ones_do(
+    family: str, settings: dict[str, Any], length: int
+) -> None:
+    model = make_model(family)
+    cache, fresh = (RotorQuantCache(model.config, **SMALL, **settings) for _ in range(2))
+    states = torch.randn(2, 2, 40, 64, generator=torch.Generator().manual_seed(0))
+    refused = {
+        r"layer 0: .* keys of .*\(1, 2, 64\), got \(2, 2, 64\)": states,
+        r"layer 0: .* keys of .*\(1, 2, 64\), got \(1, 1, 64\)": states[:1, :1],
+        r"layer 0: .* keys of .*\(1, 2, 64\), got \(1, 2, 32\)": states[:1, :, :, :32],
+        r"layer 0: the cache holds torch.float32, got torch.bfloat16": states[:1].bfloat16(),
+        r"layer 0: the cache is on cpu, got states on meta": states[:1].to("meta"),
+    }
+    with torch.no_grad():
+        for each in (cache, fresh):
+            model(make_tokens(length), past_key_values=each)
+        for message, wrong in refused.items():
+            with pytest.raises(ValueError, match=message):
+                cache.update(wrong, wrong, 0)
+            assert [layer.get_seq_length() for layer in cache.layers] == [length] * 2
+        logits = [model(make_tokens(40), past_key_values=x).logits for x in (cache, fresh)]
+    assert torch.equal(*logits)
+
+
+def test_exact_layers_alone_take_what_the_hosts_do() -> None:
+    model = make_model("llama")
+    cache = RotorQuantCache(model.config, layer_bits={0: 16, 1: 16})
+    states = torch.randn(1, 2, 40, 64)
+    cache.update(states, states, 0)
+    # as autocast leaves them, and in another dtype
+    cache.update(states, states.bfloat16(), 0)
+    keys, _ = cache.update(states.bfloat16(), states.bfloat16(), 0)
+    assert keys.dtype == torch.float32 and keys.shape[2] == 120
+
+
+@pytest.mark.parametrize("sliding_first", [True, False])
+def test_a_crop_is_refused_before_any_layer_is_cropped(sliding_first: bool) -> None:
+    kinds = ["sliding_attention", "full_attention"]
+    model = DECODER_FACTORIES["gemma3"](layer_types=kinds if sliding_first else kinds[::-1]).eval()
+    cache = RotorQuantCache(model.config, **SMALL)
+    # with nothing stored there is nothing to crop
+    cache.crop(-1)
+    with torch.no_grad():
+        model(make_tokens(100), past_key_values=cache)
+        message = r"layer [01]: of 100 tokens it holds the newest 31, .* activate_past_recording"
+        with pytest.raises(ValueError, match=message):
+            cache.crop(-5)
+        assert [layer.get_seq_length() for layer in cache.layers] == [100] * 2
+        cache.activate_past_recording()
+        model(make_tokens(10), past_key_values=cache)
+    cache.crop(-4)
+    assert [layer.get_seq_length() for layer in cache.layers] == [106] * 2
+    # what was recorded is gone with the first crop
+    with pytest.raises(ValueError, match=r"layer [01]: of 106 tokens it holds the newest 31"):
+        cache.crop(-1)
+    assert [layer.get_seq_length() for layer in cache.layers] == [106] * 2
+
+
+def test_linear_attention_is_not_cropped() -> None:
+    model = make_model("qwen3-next")
+    cache = RotorQuantCache(model.config, **SMALL)
+    cache.activate_past_recording()
+    with torch.no_grad():
+        model(make_tokens(100), past_key_values=cache)
+    with pytest.raises(ValueError, match="layer 0: linear attention keeps no states of earlier"):
+        cache.crop(-5)
+    assert cache.layers[1].get_seq_length() == 100
+
+
 def test_settings_are_checked_at_the_door(llama: PreTrainedModel) -> None:
     with pytest.raises(ValueError, match="nbits must be one of 2, 3, 4, 8, got 7"):
         RotorQuantCache(config=llama.config, nbits=7)
@@ -205,6 +281,23 @@ def test_describe_says_what_each_layer_holds() -> None:
     first, second = cache.describe().splitlines()
     assert first == "layer 0: exact (DynamicSlidingWindowLayer, window 32)"
     assert second.startswith("layer 1: 4 exact sinks | 256 tokens packed in 2 tiles of 128")
+
+
+def test_describe_tells_kept_statistics() -> None:
+    model = make_model("llama")
+    cache = RotorQuantCache(model.config, path="dense")
+    with torch.no_grad():
+        model(make_tokens(300), past_key_values=cache)
+    # no query was seen
+    assert cache.describe().count("balance from keys alone") == 2
+    cache.reset(keep_statistics=True)
+    kept = r"key mean [\w-]+, balance on, both kept from an earlier prompt"
+    for i, line in enumerate(cache.describe().splitlines()):
+        assert re.fullmatch(f"layer {i}: packed, nothing stored yet; {kept}", line)
+    for length in (50, 300):
+        with torch.no_grad():
+            model(make_tokens(length), past_key_values=cache)
+        assert len(re.findall(rf"{kept}\)", cache.describe())) == 2
 
 
 def test_offload_keyword_is_the_hosts(llama: PreTrainedModel) -> None:

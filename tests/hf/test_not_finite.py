@@ -335,6 +335,73 @@ def test_a_step_found_at_packing_is_cropped_from_all_layers(
     assert all(layer.store.packed_length == 384 for layer in cache.packed_layers)
 
 
+@pytest.mark.parametrize("padding", [0, 7])
+@pytest.mark.parametrize("path", ["auto", "dense"])
+# statistics stay open, are frozen by the refused part, were frozen before
+@pytest.mark.parametrize(("prompt", "part"), [(20, 20), (20, 200), (100, 70), (300, 40), (420, 1)])
+def test_a_part_that_was_taken_back_leaves_no_trace(
+    prompt: int, part: int, path: str, padding: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # the refused step is found in a later layer alone, as on the CPU
+    monkeypatch.undo()
+    model = make_model("llama")
+    cache, fresh = (make_cache(model, path=path) for _ in range(2))
+    mask = torch.ones(2, prompt + part + 150, dtype=torch.long)
+    mask[0, :padding] = 0
+
+    def forward(each: RotorQuantCache, tokens: int, seed: int) -> Tensor:
+        seen = mask[:, : each.get_seq_length() + tokens]
+        return run(model, each, make_tokens(tokens, batch=2, seed=seed), attention_mask=seen)
+
+    for each in (cache, fresh):
+        forward(each, prompt, 0)
+    for _ in range(2):
+        with broken(model, 1), pytest.raises(ValueError, match=r"layer 1: .* were not stored"):
+            forward(cache, part, 1)
+        assert lengths(cache) == {prompt}
+    for tokens, seed in ((part, 2), (150, 3)):
+        assert torch.equal(forward(cache, tokens, seed), forward(fresh, tokens, seed))
+    for mine, theirs in zip(cache.packed_layers, fresh.packed_layers, strict=True):
+        assert_holds(mine, contents(theirs))
+        for name in ("total", "count", "padding"):
+            pair = getattr(mine.statistics, name), getattr(theirs.statistics, name)
+            assert pair == (None, None) or torch.equal(*pair)
+
+
+def test_no_old_states_are_held_between_passes() -> None:
+    model = make_model("llama")
+    cache = make_cache(model)
+    for seed in range(3):
+        run(model, cache, make_tokens(150, seed=seed))
+        assert not any(layer.can_go_back_to(150 * seed) for layer in cache.packed_layers)
+
+
+@pytest.mark.parametrize("change", ["crop", "reorder_cache", "to"])
+def test_what_was_changed_since_does_not_go_back(change: str) -> None:
+    layer = make_layer()
+    layer.update(*make_states(300))
+    layer.update(*make_states(40, 1))
+    assert layer.can_go_back_to(300)
+    argument = {"crop": -1, "reorder_cache": torch.tensor([1, 0]), "to": "cpu"}[change]
+    getattr(layer, change)(argument)
+    assert not layer.can_go_back_to(300)
+
+
+@pytest.mark.parametrize("window", [None, 200])
+def test_tiles_that_were_filled_or_dropped_come_back(window: int | None) -> None:
+    layer = make_layer(window)
+    layer.update(*make_states(416))
+    # an open tile
+    layer.crop(-60)
+    before = [layer.keys, layer.values]
+    lengths = layer.store.packed_length, layer.store.dropped
+    layer.update(*make_states(300, 1))
+    assert (layer.store.packed_length, layer.store.dropped) != lengths
+    layer.go_back()
+    assert (layer.store.packed_length, layer.store.dropped) == lengths
+    assert all(map(torch.equal, (layer.keys, layer.values), before))
+
+
 def test_without_a_config_a_reset_is_asked_for() -> None:
     model = make_model("llama")
     cache = RotorQuantCache(residual_length=32)

@@ -349,6 +349,18 @@ def test_files_of_other_makes_are_refused(saved: Path) -> None:
         load_cache(saved.with_name("absent"))
 
 
+def test_the_first_format_is_read(saved: Path) -> None:
+    # it had no kept statistics, and was else the same
+    expected = load_cache(saved)
+    with safe_open(saved, framework="pt") as file:
+        assert file.metadata()["format"] == "2"
+        assert not any("kept_" in name for name in file.keys())  # noqa: SIM118
+    rewritten(saved, format="1")
+    loaded = load_cache(saved)
+    assert loaded.packed_layers[0].store.packed_length == 256
+    assert_same(loaded, expected)
+
+
 def test_newer_formats_are_refused(saved: Path) -> None:
     rewritten(saved, format="3", writer="9.1")
     with pytest.raises(ValueError, match=r"format 3, written by rq_hf 9\.1.* install a newer"):

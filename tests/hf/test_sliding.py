@@ -251,6 +251,19 @@ def test_a_recorded_past_is_saved(tmp_path: Path) -> None:
     assert torch.equal(cache.layers[0].keys, loaded.layers[0].keys)
 
 
+def test_a_reset_ends_the_recording_as_the_hosts_does() -> None:
+    for family in ("gemma3", "gemma3-window"):
+        cache = make_cache(make_model(family))
+        cache.activate_past_recording()
+        for i in range(2):
+            cache.update(*make_states(300), i)
+        # all tokens dropped: the recording goes on
+        cache.layers[0].crop(-300)
+        assert cache.layers[0].record_past and cache.layers[0].get_seq_length() == 0
+        cache.reset()
+        assert not cache.layers[0].record_past
+
+
 def kinds(family: str, **settings: Any) -> list[type]:
     cache = RotorQuantCache(config=make_model(family).config, **(SETTINGS | settings))
     return [type(layer) for layer in cache.layers]

@@ -69,19 +69,11 @@ def test_prompts_that_do_not_fit(model: PreTrainedModel) -> None:
     assert int(cache.get_seq_length()) == LENGTH
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({}, f"{LENGTH + 3} tokens and 1 new ones are more than max_cache_len"),
-        (compiled(), f"holds max_cache_len = {LENGTH + 3} tokens"),
-    ],
-)
-def test_steps_that_do_not_fit(
-    model: PreTrainedModel, options: dict[str, Any], message: str
-) -> None:
+@pytest.mark.parametrize("options", [{}, compiled()])
+def test_steps_that_do_not_fit(model: PreTrainedModel, options: dict[str, Any]) -> None:
     forget_compiled(model)
     cache = static(model, LENGTH + 3)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"{LENGTH + 3} tokens and 1 new ones are more than"):
         generate(model, make_prompt(), cache, max_new_tokens=6, **options)
     assert int(cache.get_seq_length()) == LENGTH + 3
 
@@ -140,17 +132,19 @@ def test_first_tokens_are_taken_back(family: str, keeps: bool) -> None:
             model(make_tokens(LENGTH, seed=1), past_key_values=x)
             x.reset(keep_statistics=True)
     for tokens in (LENGTH, 1):
-        with broken(model, 1), pytest.raises(ValueError, match="layer 1: .* NaN") as caught:
+        with broken(model, 1), pytest.raises(ValueError, match=r"layer 1: .* NaN") as caught:
             model(make_tokens(tokens), past_key_values=cache)
         assert "reset" not in str(caught.value)
         assert lengths(cache) == [0, 0]
-    addresses = [x.data_ptr() for x in cache.packed_layers[0].static.tensors_read]
+    tensors = [x.static.tensors_read for x in cache.packed_layers if x.store is not None]
+    assert tensors or family == "gemma3"
     for tokens in (LENGTH, 1, 5):
         mine, theirs = (
             model(make_tokens(tokens, seed=2), past_key_values=x).logits for x in (cache, other)
         )
         assert torch.equal(mine, theirs)
-    assert [x.data_ptr() for x in cache.packed_layers[0].static.tensors_read] == addresses
+    for before, layer in zip(tensors, cache.packed_layers, strict=False):
+        assert layer.static.tensors_read is before
     assert all((layer.kept is not None) == keeps for layer in cache.packed_layers)
 
 

@@ -350,7 +350,7 @@ def test_unknown_operations_are_counted_and_warned_of_once(monkeypatch: pytest.M
     monkeypatch.setattr(handle, "_warned", set())
     layer = RotorQuantStaticLayer(RotorQuantConfig(**SETTINGS["4 bits"]), ROOM)
     layer.update(*make_states(150, 0))
-    key, value = layer.update(*make_states(1, 1))
+    key, _ = layer.update(*make_states(1, 1))
     with pytest.warns(UserWarning, match=r"operation 'exp' is not known on packed keys") as seen:
         assert torch.equal(key.exp(), key.transpose(2, 3).exp().transpose(2, 3))
     assert len(seen) == 1 and layer.calls["decoded for exp"] == 2
