@@ -152,12 +152,13 @@ def give_cache(assistant: PreTrainedModel, cache: Cache) -> None:
     assistant._prepare_cache_for_generation = prepare  # type: ignore[method-assign]
 
 
-def test_assisted(model: PreTrainedModel) -> None:
+@pytest.mark.parametrize("sample", [False, True])
+def test_assisted(model: PreTrainedModel, sample: bool) -> None:
     sliding = getattr(model.config, "sliding_window", None) is not None
     if sliding and Version(transformers.__version__) < Version("5.23"):
         pytest.skip("an assistant with a sliding window fails here with any cache")
     assistant = make_assistant(model)
-    options = {"assistant_model": assistant}
+    options = {"assistant_model": assistant, "do_sample": sample}
     assert_as_twin(model, lambda m, cache: generate(m, make_tokens(LENGTH), cache, **options))
 
 

@@ -60,6 +60,30 @@ def test_a_mask_of_four_dimensions(attention: str) -> None:
     assert (logits - without).abs().max() > 0.1 * without.abs().max()
 
 
+def test_groups_of_heads_that_the_host_packs_as_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    sdpa = pytest.importorskip("transformers.integrations.sdpa_attention")
+    if not hasattr(sdpa, "pack_gqa"):
+        pytest.skip("this version of transformers repeats keys and values")
+    packed: list[int] = []
+
+    def pack(states: Tensor | None, groups: int) -> Tensor | None:
+        packed.append(groups)
+        return original(states, groups)
+
+    original = sdpa.pack_gqa
+    monkeypatch.setattr(sdpa, "pack_gqa", pack)
+    # a mask keeps the host from the grouped form of its own
+    monkeypatch.setattr(sdpa, "use_gqa_in_sdpa", lambda *args: False)
+    model, mask = make_model("llama"), own_mask()
+    groups = model.config.num_attention_heads // model.config.num_key_value_heads
+    cache = make_cache(model, **KEYS_ALONE)
+    logits = run(model, cache, mask)
+    # query, mask and bias of the last piece, in every layer
+    assert packed == [groups] * 3 * len(model.model.layers) and groups > 1
+    assert packed_tokens(cache) == {128}
+    assert_close(logits, run(model, make_cache(model, path="dense", **KEYS_ALONE), mask))
+
+
 def test_tokens_of_an_image_see_one_another() -> None:
     model = make_model("gemma3-vision")
     kinds = torch.zeros(1, sum(PIECES), dtype=torch.long)
