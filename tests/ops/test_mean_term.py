@@ -86,7 +86,7 @@ def summed_up(call: Call) -> Tensor:
     slow = space.slow_coef.view(units, call.steps, rows, 2, 4, 2, 2).double().sum(3)
     terms = angles.turned_terms[:tiles].view(tiles, call.steps, 8, 4, 2, 2, 2).double().sum(5)
     basis = torch.einsum("usrthj,nskthj->urnk", slow, terms)
-    columns = torch.cat([turned, basis] if angles.slow else [turned], -1)
+    columns = torch.cat([turned, basis] if call.steps else [turned], -1)
     # block mt g t hi h j
     table = angles.operands.double().permute(1, 5, 2, 0, 4, 3, 6).flatten(0, 2).flatten(1)
     return torch.einsum("tc,urnc->urnt", table, columns).flatten(2)

@@ -87,8 +87,7 @@ class RopeOperands:
       the rest is below 1e-5), so that all slow pairs together take eight columns.
 
     Attributes:
-        halves: Groups of four fast pairs.
-        slow: Whether there are slow pairs. `halves + slow` is even.
+        halves: Groups of four fast pairs; odd if there are slow ones, else even.
         operands: float16, the table in the order of tensor-core operands.
         rows: float32 [T, 2, PAIRS], cos and sin of positions from the centre, as plain rows.
         tiles: float32 [tiles, 2, PAIRS], cos and sin of the tiles' centres.
@@ -99,7 +98,6 @@ class RopeOperands:
     """
 
     halves: int
-    slow: bool
     operands: Tensor
     rows: Tensor
     tiles: Tensor
@@ -202,7 +200,6 @@ def _make_rope_operands(
     centre = torch.arange(tiles) * length + (length - 1) / 2
     return RopeOperands(
         halves=halves,
-        slow=slow,
         operands=_in_operand_order(rows, position / (length / 2), halves, slow).to(
             device, torch.float16
         ),
