@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the tables of the README from result files.
+"""Writes the tables of README.md and RESULTS.md from result files.
 
-python -m eval.tables            # rewrites README.md
-python -m eval.tables --check    # says which tables differ, changes nothing
+python -m eval.tables            # rewrites both
+python -m eval.tables --check    # says which of them differs, changes nothing
 
 A table stands between `<!-- table: eval/results/NAME.json -->` and `<!-- end of table -->`; a
 name with `*` stands for the files of one comparison over numbers of tokens for statistics.
@@ -19,12 +19,13 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
+from eval.frozen_table import frozen_rows
 from eval.goals import PROD_OVER_MSE
 from eval.needle_table import LEGEND, needle_rows
 from eval.statistics_table import statistics_rows, statistics_tokens
 
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", ROOT / "RESULTS.md")
 MIB = 1 << 20
 # keys of `cache_rows.ROWS` begin so where nothing is packed
 BF16_CACHES = ("dynamic", "static")
@@ -36,11 +37,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true", help="change nothing, exit 1 if outdated")
     args = parser.parse_args()
-    text = README.read_text()
-    updated = fill(text)
+    outdated = [page for page in PAGES if fill(page.read_text()) != page.read_text()]
     if args.check:
-        sys.exit("README.md has tables that differ from the result files" if updated != text else 0)
-    README.write_text(updated)
+        names = " and ".join(page.name for page in outdated)
+        sys.exit(f"{names}: tables differ from the result files" if outdated else 0)
+    for page in outdated:
+        page.write_text(fill(page.read_text()))
 
 
 def fill(text: str) -> str:
@@ -66,10 +68,11 @@ def make_table(path: Path) -> str:
 def make_statistics_table(pattern: str) -> str:
     """Returns one table of several files, with the command of one and the hardware below."""
     results = [json.loads(path.read_text()) for path in sorted(ROOT.glob(pattern))]
+    rows = frozen_rows(results) if "-frozen-" in pattern else statistics_rows(results)
     first = min(results, key=statistics_tokens)
     notes = "".join(dict.fromkeys(map(_note, results)))
     source = f"`{first['command']}`, and so on; {_made_on(first)}; `{Path(pattern).name}`{notes}"
-    return f"{markdown(statistics_rows(results))}\n\n{source}\n"
+    return f"{markdown(rows)}\n\n{source}\n"
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:

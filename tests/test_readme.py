@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README's Python code runs as it stands, one block after the other."""
+"""The README's Python code runs as it stands; tables and links hold, also those of RESULTS.md."""
 
 import re
 from pathlib import Path
@@ -68,14 +68,28 @@ def test_every_flow_names_a_test_file_that_is_there() -> None:
         assert not missing, flow
 
 
-def test_tables_are_those_of_the_result_files() -> None:
-    text = tables.README.read_text()
+@pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
+def test_tables_are_those_of_the_result_files(page: Path) -> None:
+    text = page.read_text()
     assert "<!-- table: " in text
     assert tables.fill(text) == text, "run python -m eval.tables"
 
 
-def test_pictures_and_linked_files_are_there() -> None:
-    named = re.findall(r"\]\(([^):#]+)\)", README)
-    assert any(name.endswith(".png") for name in named)
-    missing = [name for name in named if not (ROOT / name).is_file()]
+@pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
+def test_pictures_linked_files_and_sections_are_there(page: Path) -> None:
+    links = re.findall(r"\]\(([^):]+)\)", page.read_text())
+    assert any(link.endswith(".png") for link in links)
+    missing = [link for link in links if not _leads_somewhere(page, link)]
     assert not missing
+
+
+def _leads_somewhere(page: Path, link: str) -> bool:
+    name, _, section = link.partition("#")
+    file = ROOT / name if name else page
+    return file.is_file() and (not section or section in _sections(file.read_text()))
+
+
+def _sections(text: str) -> set[str]:
+    """Returns the anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}

@@ -50,6 +50,34 @@ def test_files_of_one_comparison_make_one_table(
     assert "--stats-tokens 8`, and so on; a GPU" in lines[7] and lines[7].endswith(". By hand")
 
 
+def frozen(model: str, tokens: int, kl: list[float]) -> dict[str, Any]:
+    content = result(model, tokens, {SETTINGS[0]: sum(kl) / len(kl)})
+    content["summary"][0]["kl_by_piece"] = kl
+    return content
+
+
+def test_statistics_frozen_early_stand_beside_the_latest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    files = {
+        "m-frozen-1024": frozen("m", 1024, [0.3, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.3]),
+        "m-frozen-512": frozen("m", 512, [0.6, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.45]),
+        "n-frozen-1024": frozen("n", 1024, [0.2] * 8),
+    }
+    for name, content in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    lines = tables.fill("<!-- table: *-frozen-*.json -->\n<!-- end of table -->").splitlines()
+    same = " 0.1000 |" * 6
+    assert lines[3:7] == [
+        f"| m | 512 | 0.6000 |{same} 0.4500 | 0.2062 ± 0.0010 |",
+        f"| m | 1,024 | 0.3000 |{same} 0.3000 | 0.1500 ± 0.0010 |",
+        f"| m | 512 / 1,024 | 2.00x |{' 1.00x |' * 6} 1.50x | 1.38x |",
+        f"| n | 1,024 |{' 0.2000 |' * 8} 0.2000 ± 0.0010 |",
+    ]
+    assert "--stats-tokens 512`, and so on" in lines[8]
+
+
 def test_settings_without_windows_have_no_row(tmp_path: Path) -> None:
     measured = {
         "setting": "a:3",
