@@ -27,6 +27,8 @@ def doctor(
     failures = [v.name for v in versions if not v.good]
     if not quick:
         typer.echo("\nself-test")
+        if where.type == "cuda":
+            typer.echo("  kernels are compiled at their first use, which takes seconds for each")
         for result in self_test.run(where):
             typer.echo(f"  {result}")
             failures += [] if result.good else [result.name]

@@ -20,7 +20,10 @@ RUNS = "kernels"
 
 
 def report(device: torch.device) -> list[str]:
-    """Returns lines that say what attention and packing are computed by."""
+    """Returns lines that say what attention and packing are computed by.
+
+    Nothing is computed by kernels here, as each would be compiled first, which takes seconds.
+    """
     reasons = {
         (dim, *setting): obstacles(dim, *setting, device)
         for dim in HEAD_DIMS
@@ -36,13 +39,25 @@ def obstacles(
     head_dim: int, bits: int, codec: str, device: torch.device
 ) -> tuple[str | None, str | None]:
     """Returns why kernels cannot attend, and cannot pack, with such a setting; None: they can."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    layer = filled_layer(head_dim, device, dtype, nbits=bits, key_codec=codec)
-    query = torch.zeros(1, QUERY_HEADS, 1, head_dim, dtype=dtype, device=device)
+    dtype = usual_dtype(device)
+    # whoever fills a layer, kernels are asked about its form alone
+    layer = filled_layer(head_dim, device, dtype, nbits=bits, key_codec=codec, impl="reference")
+    return obstacles_of(layer)
+
+
+def obstacles_of(layer: RotorQuantLayer) -> tuple[str | None, str | None]:
+    """Returns why kernels cannot attend to a filled layer, and cannot pack for it."""
+    view = layer.view()
     assert layer.codec is not None and layer.preconditioner is not None
-    tile = query.new_zeros(1, KV_HEADS, layer.codec.layout.tile_length, head_dim)
-    packing = encoding.why_not(layer.codec, layer.preconditioner, tile, tile)
-    return obstacle(query, layer.view()), packing
+    head_dim, some = layer.codec.head_dim, view.sinks.keys
+    query = some.new_zeros(1, QUERY_HEADS, 1, head_dim)
+    tile = some.new_zeros(1, KV_HEADS, layer.codec.layout.tile_length, head_dim)
+    return obstacle(query, view), encoding.why_not(layer.codec, layer.preconditioner, tile, tile)
+
+
+def usual_dtype(device: torch.device) -> torch.dtype:
+    """Returns the dtype that models have on such a device."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def filled_layer(

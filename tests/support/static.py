@@ -71,11 +71,12 @@ def compiled(*, fullgraph: bool = True, backend: str = "eager") -> dict[str, Any
     return {"compile_config": config}
 
 
-def forget_compiled(model: PreTrainedModel) -> None:
-    """Forgets all that was compiled, and counts anew."""
+def forget_compiled(model: PreTrainedModel | None = None) -> None:
+    """Forgets all that was compiled, by the model's own ways too, and counts anew."""
     torch._dynamo.reset()
     counters.clear()
-    model.__dict__.pop("_compiled_call", None)
+    if model is not None:
+        model.__dict__.pop("_compiled_call", None)
 
 
 def graphs() -> int:
