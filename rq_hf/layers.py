@@ -145,7 +145,11 @@ class RotorQuantLayer(PackedStates, CacheLayerMixin):
             check_finite(key, value, self.name, end=self.get_seq_length())
 
     def _take(self, key_states: Tensor, value_states: Tensor) -> PromptSource | ViewSource:
-        """Stores new states, or leaves them pending until their queries are seen."""
+        """Stores new states, or leaves them pending until their queries are seen.
+
+        A single token may wait for its attention too, which stores it in a launch that there is
+        anyway.
+        """
         key, value = key_states.detach(), value_states.detach()
         store, tokens, strict = self._store, key.shape[2], self.config.strict
         first = store.length == 0
@@ -161,6 +165,10 @@ class RotorQuantLayer(PackedStates, CacheLayerMixin):
             view = self.view(key, value)
             self._store_or_wait(key, value, waits)
             return self._source(view, tokens)
+        if tokens == 1 and self._attention_may_store(key):
+            store.exact.reserve(store.exact.length + 1)
+            self._pending = (key, value)
+            return self._source(self.view(key, value), tokens)
         store.exact.append(key, value)
         view = self.view()
         try:
@@ -170,6 +178,25 @@ class RotorQuantLayer(PackedStates, CacheLayerMixin):
             raise
         return self._source(view, tokens)
 
+    def _attention_may_store(self, key: Tensor) -> bool:
+        """Whether attention by kernels is to come, which can write a token behind the tail."""
+        impl = self.config.impl
+        by_kernels = impl == "triton" or (impl == "auto" and key.device.type == "cuda")
+        handles = self.config.path == "auto" and self.gives_handles()
+        known = self.preconditioner is not None and self._store.tail > 0
+        return by_kernels and handles and known and self.leaving(1) == 0
+
+    def waits_for(self, view: LayerView) -> bool:
+        """Whether the newest token of `view` is still to be stored behind its tail."""
+        if self._pending is None or self._pending[0].shape[2] != 1 or self._offloaded:
+            return False
+        return len(view.recent) == 2 and view.recent[1].keys is self._pending[0]
+
+    def note_stored(self) -> None:
+        """Takes note that the waiting token has been written behind the tail."""
+        self._store.exact.length += 1
+        self._pending = None
+
     def _source(self, view: LayerView, tokens: int) -> ViewSource:
         return ViewSource(view, self, tokens, observed=self.preconditioner is None)
 
@@ -178,6 +205,12 @@ class RotorQuantLayer(PackedStates, CacheLayerMixin):
             self._pending = (key, value)
         else:
             self.extend(key, value)
+
+    def view(self, *fresh: Tensor) -> LayerView:
+        """Returns what attention reads; without `fresh` tokens, those waiting are stored first."""
+        if not fresh and self._pending is not None:
+            self.settle()
+        return super().view(*fresh)
 
     def observe(self, query: Tensor, padding: Tensor | None, rows: int) -> None:
         """Takes note of queries `[B, Hq, L, D]` while statistics are open.
@@ -206,7 +239,7 @@ class RotorQuantLayer(PackedStates, CacheLayerMixin):
             self.calls[door] += 1
 
     def settle(self) -> None:
-        """Stores states that wait for queries, with what has been seen of these."""
+        """Stores states that wait for their attention, with what has been seen of queries."""
         if self._pending is None:
             return
         key, value = self._pending

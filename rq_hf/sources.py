@@ -82,7 +82,8 @@ class ViewSource:
             fits = mask is not None and mask.shape[2] == self.new_tokens
             self._observe(query, padding_of_mask(mask, before) if fits else None)
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        return attend_with(
+        stores = kernels and self.layer.waits_for(self.view)
+        result = attend_with(
             kernels,
             query,
             self.view,
@@ -91,7 +92,11 @@ class ViewSource:
             causal=causal,
             softcap=softcap,
             sinks=sinks,
+            stores_newest=stores,
         )
+        if stores:
+            self.layer.note_stored()
+        return result
 
     def _chooses_kernels(self, query: Tensor) -> bool:
         """Whether kernels run: many queries are matrix products, which torch has."""

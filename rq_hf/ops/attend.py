@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from rq_hf.ops import reference
@@ -53,10 +55,19 @@ def attend_with(
     causal: bool = False,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    stores_newest: bool = False,
 ) -> Tensor:
-    """See `attend`: for callers who know from `chooses_triton` whether `kernels` run."""
+    """See `attend`: for callers who know from `chooses_triton` whether `kernels` run.
+
+    Args:
+        stores_newest: The last of two pieces of recent rows is a single token, and the rows of the
+            first are part of a buffer with room for it: kernels, which read it anyway, write it
+            there, behind them.
+    """
     _check(query, view, mask, sinks)
-    return _attend(kernels, query, view, scale, mask, causal, softcap, sinks)
+    assert kernels or not stores_newest
+    more = {"stores_newest": True} if stores_newest else {}
+    return _attend(kernels, query, view, scale, mask, causal, softcap, sinks, **more)
 
 
 def _attend(
@@ -68,15 +79,25 @@ def _attend(
     causal: bool,
     softcap: float | None,
     sinks: Tensor | None,
+    **of_kernels: bool,
 ) -> Tensor:
-    run = reference.attend
+    run: Callable[..., Tensor] = reference.attend
     if kernels:
         from rq_hf.ops.triton.attend import attend as run
     # which tokens are the newest is known to the host alone
     if view.counts is not None and (not kernels or (causal and query.shape[2] > 1)):
         view = view.counted()
     with no_autocast(query.device):
-        return run(query, view, scale=scale, mask=mask, causal=causal, softcap=softcap, sinks=sinks)
+        return run(
+            query,
+            view,
+            scale=scale,
+            mask=mask,
+            causal=causal,
+            softcap=softcap,
+            sinks=sinks,
+            **of_kernels,
+        )
 
 
 def chooses_triton(query: Tensor, view: LayerView, impl: str = "auto") -> bool:

@@ -157,7 +157,10 @@ def compile_variant(variant: Variant, capability: int) -> Any:
         "combine": (combine, 8 if wide else 4),
     }[variant.kernel]
     if kernel is prepare:
-        constants["COMPUTE"] = tl.bfloat16
+        constants.update(COMPUTE=tl.bfloat16, STORED=True)
+    if kernel is not attend_plain:
+        # as `launching.chains`
+        constants["CHAINED"] = capability >= 90
     names = list(kernel.arg_names)
     return compile_kernel(
         kernel,

@@ -55,6 +55,18 @@ def decoding(queries: int = 1, **options: Any) -> Iterator[Call]:
         yield make_query(view, 4, queries), view, options
 
 
+def storing_decoding() -> Iterator[Call]:
+    """The same, where attention writes each token to its place."""
+    layer = make_layer(300, HEAD_DIM)
+    for _ in range(200):
+        key, value = new_tokens(1, HEAD_DIM, CPU)
+        if layer.leaving(1) == 0:
+            layer._store.exact.reserve(layer._store.exact.length + 1)
+            view = layer.view(key, value)
+            yield make_query(view, 4, 1), view, {"stores_newest": True}
+        layer.update(key, value)
+
+
 def masked_decoding() -> Iterator[Call]:
     """Masks of a batch with padding, longer at every step."""
     for query, view, _ in decoding():
@@ -185,6 +197,7 @@ def other_rows(view: LayerView) -> Iterator[LayerView]:
 
 SCENARIOS: dict[str, Callable[[], Iterator[Call]]] = {
     "decoding": decoding,
+    "storing decoding": storing_decoding,
     "masked decoding": masked_decoding,
     "speculative decoding": lambda: decoding(50, causal=True),
     "queries": queries_of_all_kinds,
@@ -194,6 +207,7 @@ SCENARIOS: dict[str, Callable[[], Iterator[Call]]] = {
 # calls, and at least so many of them are like an earlier one
 COUNTS = {
     "decoding": (200, 190),
+    "storing decoding": (199, 188),
     "masked decoding": (200, 190),
     "speculative decoding": (200, 150),
     "queries": (27, 17),

@@ -45,9 +45,10 @@ def attend(
     causal: bool = False,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    stores_newest: bool = False,
 ) -> Tensor:
     """See `rq_hf.ops.attend`. Products of codes are exact, sums are float32."""
-    inputs = _inputs(query, view, scale, mask, causal, softcap, sinks)
+    inputs = _inputs(query, view, scale, mask, causal, softcap, sinks, stores_newest)
     with on_device(query.device):
         key = signature(inputs)
         known = recall(key)
@@ -70,6 +71,7 @@ def _inputs(
     causal: bool,
     softcap: float | None,
     sinks: Tensor | None,
+    stores_newest: bool,
 ) -> Inputs:
     if query.stride(3) != 1:
         query = query.contiguous()
@@ -78,13 +80,16 @@ def _inputs(
     if sinks is not None:
         sinks = sinks.reshape(-1)
     pieces = [_dense_rows(rows) for rows in (view.sinks, *view.recent)]
-    return Inputs(query, view, pieces, mask, sinks, scale, causal and query.shape[2] > 1, softcap)
+    causal = causal and query.shape[2] > 1
+    return Inputs(query, view, pieces, mask, sinks, scale, causal, softcap, stores_newest)
 
 
 def _dense_rows(rows: ExactRows) -> ExactRows:
     """The same rows, with keys and values in one layout and tokens side by side."""
-    dim = rows.keys.shape[3]
-    strides = rows.keys.stride()
-    if strides == rows.values.stride() and strides[2:] == (dim, 1):
+    tokens, dim = rows.keys.shape[2:]
+    batch, head, token, number = rows.keys.stride()
+    # of one token, nobody asks where the next lies
+    alone = tokens == 1 and rows.values.stride() == (batch, head, rows.values.stride(2), number)
+    if number == 1 and (alone or (token == dim and rows.values.stride() == rows.keys.stride())):
         return rows
     return ExactRows(rows.keys.contiguous(), rows.values.contiguous(), rows.first, rows.shift)

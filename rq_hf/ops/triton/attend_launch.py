@@ -14,7 +14,7 @@ from torch import Tensor
 from rq_hf.ops.triton.attend_plain import attend_plain
 from rq_hf.ops.triton.attend_tiles import attend_tiles
 from rq_hf.ops.triton.combine import combine
-from rq_hf.ops.triton.launching import Launch, interpreting, processors
+from rq_hf.ops.triton.launching import Launch, chains, interpreting, processors
 from rq_hf.ops.triton.prepare import prepare
 from rq_hf.ops.triton.tables import (
     RopeOperands,
@@ -45,6 +45,7 @@ class Inputs(NamedTuple):
         scale: Factor of the inner products.
         causal: Whether queries do not see all tokens.
         softcap: See `rq_hf.ops.attend`.
+        stores_newest: See `rq_hf.ops.attend.attend_with`.
     """
 
     query: Tensor
@@ -55,6 +56,7 @@ class Inputs(NamedTuple):
     scale: float
     causal: bool
     softcap: float | None
+    stores_newest: bool = False
 
     @property
     def last_seen(self) -> int:
@@ -94,12 +96,14 @@ class Call:
         self.steps = 0 if self.angles is None or self.plain else self.angles.steps
         self.causal, self.causal_in_tiles = inputs.causal, inputs.causal_in_tiles
         self.last_seen = inputs.last_seen
+        self.stores_newest = inputs.stores_newest
         mask = inputs.mask
         self.masked = 0 if mask is None else 1 if mask.dtype == torch.bool else 2
         # a tensor stands in for those that are not there
         self.counts = query if view.counts is None else view.counts
         self.mask = query if mask is None else mask
         self.mask_strides = (0, 0, 0, 0) if mask is None else mask.stride()
+        self.chained = sizes.splits > 0 and not self.plain and chains(query.device)
         self.space = Workspace.allocate(
             sizes,
             self.dim,
@@ -205,6 +209,8 @@ class Call:
                 "SLOW_WIDTH": triton.next_power_of_2(8 * self.steps),
                 "HAS_LOW": self.tables.key_rotation.has_low,
                 "COUNTED": view.counts is not None,
+                "STORED": self.stores_newest,
+                "CHAINED": self.chained,
             },
             num_warps=8,
         )
@@ -242,8 +248,10 @@ class Call:
                 "STEPS": self.steps,
                 "STAGED": self._staged(),
                 **self._mask_constants(),
+                "CHAINED": self.chained,
             },
             num_warps=1,
+            chained=self.chained,
         )
 
     def _staged(self) -> bool:
@@ -360,8 +368,10 @@ class Call:
                 "PRECONDITIONED": pre is not None,
                 "SINK": self.logits is not None,
                 "HAS_LOW": self.tables.value_rotation.has_low,
+                "CHAINED": self.chained,
             },
             num_warps=8 if self.width > 128 else 4,
+            chained=self.chained,
         )
 
 

@@ -14,6 +14,7 @@ Padding columns cost nothing: a product has at least 8 columns, for 4 rows of qu
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from rq_hf.ops.triton.mean_term import mean_products
 from rq_hf.ops.triton.operands import in_lanes, operands, operands_1
@@ -106,6 +107,7 @@ def attend_tiles(
     MASKED: gl.constexpr,
     CAPPED: gl.constexpr,
     COUNTED: gl.constexpr,
+    CHAINED: gl.constexpr,
 ):
     """Writes the partial result of one split for a block of H query rows of one KV head.
 
@@ -131,6 +133,7 @@ def attend_tiles(
         k0_ .. v3_: Tables of levels, four bytes each.
         STAGED: Whether the next tile's words wait in shared memory. Registers do not hold those of
             a wide head, nor beside 8 rows any without spilling.
+        CHAINED: Whether it begins while `prepare` still runs, see `launching.Launch`.
     """
     M: gl.constexpr = gl.NVMMADistributedLayout(
         version=[2, 0], warps_per_cta=[1, 1], instr_shape=[16, 8]
@@ -163,6 +166,8 @@ def attend_tiles(
     SIDES: gl.constexpr = 2 if SKETCH else 1
     SCALE_ROWS: gl.constexpr = 3 if SKETCH else 2
 
+    if CHAINED:
+        gdc_launch_dependents()
     if COUNTED:
         first_token = gl.load(COUNTS)
         tokens = gl.load(COUNTS + 2)
@@ -202,7 +207,6 @@ def attend_tiles(
         ask_for_angles(stage_angles, 0, ANGLES + first * (2 * PAIRS), PAIRS)
     if STEPS > 0:
         ask_for_terms(stage_terms, 0, TERMS + first * (STEPS * 256), STEPS)
-        ask_for_coefficients(slow_coef, SLOW_COEF + unit * (STEPS * 32 * H), H, STEPS)
     async_copy.commit_group()
     here = records + first * RECORD
     if STAGED:
@@ -222,6 +226,15 @@ def attend_tiles(
         v0w, v1w, v2w = load_words(here, value_at, VALUE_PLANE, VALUE_BITS)
         if SKETCH:
             sw = load_once(here + sign_at)
+    if CHAINED:
+        # all above was there before `prepare`, all below is its work
+        gdc_wait()
+    if STEPS > 0:
+        ask_for_coefficients(slow_coef, SLOW_COEF + unit * (STEPS * 32 * H), H, STEPS)
+        async_copy.commit_group()
+    if STAGED:
+        # in the loop, copies are waited for in the order in which it asks for them
+        async_copy.wait_group(0)
     column = gl.arange(0, 2 * H, layout=gl.SliceLayout(0, B))
     rows8 = ROWS8 + unit * (SIDES * 2 * H * D)
     q0 = load_rows(rows8, column, KEY_WIDTH, D, B)
@@ -469,6 +482,8 @@ def attend_tiles(
         elif not WIDE:
             v0w, v1w, v2w = load_words(after, value_at, VALUE_PLANE, VALUE_BITS)
 
+    # nothing may be under way to a program's memory when it ends
+    async_copy.wait_group(0)
     out_row = gl.arange(0, H, layout=gl.SliceLayout(0, O))
     out_dim = gl.arange(0, VALUE_ROWS, layout=gl.SliceLayout(1, O))
     at = (unit * parts + split) * H

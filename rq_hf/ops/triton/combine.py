@@ -8,6 +8,7 @@ numbers of one another would wait for longer.
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from rq_hf.ops.triton.exact_rows import LOG2E, LOWEST
 
@@ -91,6 +92,7 @@ def combine(
     PRECONDITIONED: tl.constexpr,
     SINK: tl.constexpr,
     HAS_LOW: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     """Grid: (units, H / ROWS).
 
@@ -104,6 +106,7 @@ def combine(
         PARTS: `parts` as a power of two.
         BLOCK: How many of them are added up at a time.
         PACKED: Whether there are packed parts.
+        CHAINED: Whether it begins while `attend_tiles` still runs, see `launching.Launch`.
     """
     unit = tl.program_id(0)
     first_row = tl.program_id(1) * ROWS
@@ -119,13 +122,16 @@ def combine(
     first = unit.to(tl.int64) * parts * H + first_row
     weights_at = WEIGHT + first * 2
     weight_at = weights_at + (tl.arange(0, ROWS)[:, None] + part[None, :] * H) * 2
-    highest = tl.load(weight_at, mask=known, other=LOWEST)
-    shares = tl.load(weight_at + 1, mask=known, other=0.0)
     # asked for now, so that it is there when the sums are
     if PACKED:
         matrix = load_matrix(VALUE_ROTATION, 0, D, DP, WIDTH)
     if PACKED and PRECONDITIONED:
         mean = tl.load(VALUE_MEAN + head.to(tl.int64) * D + d, mask=d < D, other=0.0)
+    if CHAINED:
+        # all above was there before the launches of this call, all below is their work
+        gdc_wait()
+    highest = tl.load(weight_at, mask=known, other=LOWEST)
+    shares = tl.load(weight_at + 1, mask=known, other=0.0)
 
     maximum = tl.max(highest, 1)
     if SINK:

@@ -37,6 +37,15 @@ def processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+@functools.cache
+def chains(device: torch.device) -> bool:
+    """Whether a launch can begin while the one before still runs."""
+    if device.type != "cuda" or interpreting():
+        return False
+    # the instructions are known from there on
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 class Launch(NamedTuple):
     """A kernel and what it is given.
 
@@ -47,6 +56,9 @@ class Launch(NamedTuple):
         constants: Its constants, in the order of the function.
         num_warps: Warps of a program.
         num_stages: Steps of a loop whose loads are under way together; None: Triton's default.
+        chained: Whether it may begin while the launch before still runs (programmatic dependent
+            launch): as soon as all programs of that have let it (`gdc_launch_dependents`) or have
+            ended. What is not its own input it reads and writes behind `gdc_wait` alone.
     """
 
     kernel: Any
@@ -55,6 +67,7 @@ class Launch(NamedTuple):
     constants: dict[str, Any]
     num_warps: int
     num_stages: int | None = None
+    chained: bool = False
 
 
 class Launched(NamedTuple):
@@ -100,18 +113,20 @@ def launch(wanted: Launch) -> Launched | None:
     Returns:
         What ran, to be run again; None in Triton's interpreter.
     """
-    kernel, grid, args, constants, num_warps, num_stages = wanted
+    kernel, grid, args, constants, num_warps, num_stages, chained = wanted
     if interpreting():
         kernel[grid](*args, **constants)
         return None
     device = torch.cuda.current_device()
     values, kinds = _inspect(args, _specialized(kernel))
     values.extend(constants.values())
-    key = (kernel.__name__, device, num_warps, num_stages, kinds, *constants.values())
+    key = (kernel.__name__, device, num_warps, num_stages, chained, kinds, *constants.values())
     compiled = _compiled.get(key)
     if compiled is None:
-        stages = {} if num_stages is None else {"num_stages": num_stages}
-        compiled = kernel[grid](*args, **constants, num_warps=num_warps, **stages)
+        options: dict[str, Any] = {} if num_stages is None else {"num_stages": num_stages}
+        if chained:
+            options["launch_pdl"] = True
+        compiled = kernel[grid](*args, **constants, num_warps=num_warps, **options)
         _compiled[key] = compiled
         return Launched(compiled, grid, values)
     launched = Launched(compiled, grid, values)

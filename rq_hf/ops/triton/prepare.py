@@ -8,6 +8,7 @@ exact rows each and write a partial result (`combine`).
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from rq_hf.ops.triton.exact_rows import attend_exact
 from rq_hf.ops.triton.mean_coefficients import (
@@ -106,6 +107,8 @@ def prepare(
     SLOW_WIDTH: tl.constexpr,
     HAS_LOW: tl.constexpr,
     COUNTED: tl.constexpr,
+    STORED: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     """Grid: (1 + chunks of exact rows, units).
 
@@ -117,7 +120,11 @@ def prepare(
         FIRST_SLOW: The first of the slow pairs, see `tables.RopeOperands`.
         STEPS: Groups of eight slow pairs.
         SLOW_WIDTH: Eight times that as a power of two.
+        STORED: Whether the one token of the second piece is written behind the first piece's.
+        CHAINED: Whether the next launch may begin at once, see `launching.Launch`.
     """
+    if CHAINED:
+        gdc_launch_dependents()
     part = tl.program_id(0) - 1
     if COUNTED:
         sinks = tl.load(COUNTS)
@@ -217,6 +224,12 @@ def prepare(
                 first = (part - chunks_of_sinks - chunks0) * N
                 count = count1
                 index = tl.zeros([], tl.int64) + index1
+                if STORED:
+                    d = tl.arange(0, DP)
+                    end = count0.to(tl.int64) * D + d
+                    of_head = batch * batch0 + kv_head * head0 + end
+                    tl.store(KEY0 + of_head, tl.load(key + d, mask=d < D), mask=d < D)
+                    tl.store(VALUE0 + of_head, tl.load(value + d, mask=d < D), mask=d < D)
         attend_exact(
             queries_at,
             exists,

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calls that differ from an earlier one by a few numbers: its launches, with these put in.
 
-From one generated token to the next, all that changes for a layer are the addresses of query, mask,
-result and workspace, the mask's strides, and how many tokens its tail has. All else is in the
-signature of a call, by value: equal signatures are equal launches, whatever has happened to the
-objects that they were taken from.
+From one generated token to the next, all that changes for a layer are the addresses of query, new
+token, mask, result and workspace, the mask's strides, and how many tokens its tail has. All else is
+in the signature of a call, by value: equal signatures are equal launches, whatever has happened to
+the objects that they were taken from.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def signature(inputs: Inputs) -> tuple:
     Tensors are there as addresses, which keeps none of them alive; codec and RoPE table, of which
     kernels read what was made of them, are there themselves.
     """
-    query, view, pieces, mask, logits, scale, causal, softcap = inputs
+    query, view, pieces, mask, logits, scale, causal, softcap, stores_newest = inputs
     records, scales, pre = view.records, view.scales, view.preconditioner
     return (
         query.device,
@@ -58,6 +58,7 @@ def signature(inputs: Inputs) -> tuple:
         causal,
         inputs.causal_in_tiles,
         softcap,
+        stores_newest,
         view.codec,
         view.offset,
         view.packed_start,
@@ -76,7 +77,8 @@ def signature(inputs: Inputs) -> tuple:
         None if pre is None else pre.value_mean.data_ptr(),
         None if mask is None else _mask_signature(mask),
         None if logits is None else (logits.dtype, logits.data_ptr()),
-        *[_rows_signature(rows) for rows in pieces],
+        *[_rows_signature(rows) for rows in pieces[:2]],
+        *[_newest_signature(rows) for rows in pieces[2:]],
         _lengths(pieces, exact_chunk(query.shape[3])),
     )
 
@@ -90,10 +92,17 @@ def _rows_signature(rows: ExactRows) -> tuple:
     return keys.dtype, values.dtype, keys.data_ptr(), values.data_ptr(), keys.stride()
 
 
+def _newest_signature(rows: ExactRows) -> tuple:
+    """Of tokens that lie elsewhere in every step."""
+    keys, values = rows.keys, rows.values
+    aligned = keys.data_ptr() % 16, values.data_ptr() % 16
+    return keys.dtype, values.dtype, aligned, keys.stride()
+
+
 def _lengths(pieces: list[ExactRows], chunk: int) -> tuple:
-    """Tokens of the pieces; of a tail that is the last, its parts of `chunk` tokens."""
+    """Tokens of the pieces; of the tail, its parts of `chunk` tokens."""
     lengths = [rows.keys.shape[2] for rows in pieces]
-    if len(lengths) == 2:
+    if len(lengths) > 1:
         lengths[1] = -(-lengths[1] // chunk)
     return tuple(lengths)
 
@@ -116,6 +125,8 @@ class Replay:
         # in the order of `_numbers`
         sources: list[Tensor | str] = [call.query, call.out, "count0", "index1", "last", "in_tiles"]
         sources += space.pieces
+        for rows in call.pieces[2:]:
+            sources += [rows.keys, rows.values]
         if call.masked:
             sources += [call.mask, *_MASK_STRIDES]
         self._launched = [
@@ -146,6 +157,8 @@ class Replay:
         last, base = inputs.last_seen, whole.data_ptr()
         numbers = [inputs.query.data_ptr(), out.data_ptr(), count, index, last, last - start]
         numbers += [base + offset for offset in self._offsets]
+        for rows in pieces[2:]:
+            numbers += [rows.keys.data_ptr(), rows.values.data_ptr()]
         if mask is not None:
             numbers += [mask.data_ptr(), *mask.stride()]
         return numbers

@@ -13,10 +13,9 @@ from rq_hf.ops.view import ExactRows, LayerView
 
 # programs of one warp that share a multiprocessor, as their registers allow
 _PROGRAMS = 8
-# so many will do
-_ENOUGH = 4
-# where more would have less than so many tiles each
-_TILES = 4
+# so many will do where more would have less than _TOKENS each, and fewer of 8 rows
+_ENOUGH = {4: 4, 8: 3}
+_TOKENS = 384
 # so many `combine` reads at once
 _MAX_PARTS = 256
 
@@ -60,9 +59,17 @@ class Sizes:
         block = 4 if rows <= 4 else 8
         units = batch * kv_heads * -(-rows // block)
         tiles = view.records.shape[2] if view.packed_length else 0
-        wanted = _programs(processors(query.device), tiles * units, head_dim) // units
         chunk = exact_chunk(head_dim)
         chunks = sum(-(-rows.keys.shape[2] // chunk) for rows in pieces)
+        each = _tiles_of_a_program(
+            processors(query.device),
+            tiles * units,
+            tile_length=view.codec.layout.tile_length,
+            # a tile of a wide head is work enough
+            enough=_ENOUGH[block] if head_dim <= 128 else _PROGRAMS,
+        )
+        # so many parts at most
+        each = max(each, -(-tiles // max(_MAX_PARTS - chunks, _MAX_PARTS // 2)))
         return cls(
             batch=batch,
             kv_heads=kv_heads,
@@ -71,7 +78,7 @@ class Sizes:
             block=block,
             units=units,
             tiles=tiles,
-            splits=_splits(tiles, min(wanted, max(_MAX_PARTS - chunks, _MAX_PARTS // 2))),
+            splits=-(-tiles // each),
             chunk=chunk,
             chunks=chunks,
             # a program for each row, until one a unit is enough for all multiprocessors
@@ -171,18 +178,19 @@ def exact_chunk(head_dim: int) -> int:
     return 64 if head_dim <= 128 else 32
 
 
-def _programs(multiprocessors: int, tiles: int, head_dim: int) -> int:
-    """Programs for so many tiles of all units."""
-    # a tile of a wide head is work enough
-    enough = _ENOUGH if head_dim <= 128 else _PROGRAMS
-    few = max(multiprocessors * enough, tiles // _TILES)
-    return min(multiprocessors * _PROGRAMS, few)
+def _tiles_of_a_program(multiprocessors: int, tiles: int, *, tile_length: int, enough: int) -> int:
+    """Tiles that one program takes of so many of all units; at least 1.
 
-
-def _splits(tiles: int, most: int) -> int:
-    """The fewest parts that are no larger than those of the `most` that there may be."""
-    each = -(-tiles // max(1, most))
-    return -(-tiles // max(1, each))
+    Args:
+        multiprocessors: Of the GPU.
+        tiles: How many there are.
+        tile_length: Tokens of a tile.
+        enough: Programs of a multiprocessor that are to be had before a program takes more tiles
+            than it must.
+    """
+    least = -(-tiles // (multiprocessors * _PROGRAMS))
+    most = -(-tiles // (multiprocessors * enough))
+    return max(1, least, min(most, _TOKENS // tile_length))
 
 
 def _aligned(count: int) -> int:
