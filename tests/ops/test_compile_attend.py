@@ -113,7 +113,7 @@ VARIANTS: dict[str, Variant] = {
     "combine, wide": Variant(
         "combine",
         {**WIDE_ROWS, "PARTS": 512, "BLOCK": 32, "SINK": True, "HAS_LOW": True},
-        {90: 0, 89: 152, 80: 8},
+        {90: 24, 89: 152, 80: 8},
     ),
     "plain": Variant("attend_plain", {}, {90: 32, 89: 32, 80: 0}),
     # sums of 16 rows of up to 256 numbers, for sizes that few models have

@@ -142,7 +142,7 @@ class Call:
         half = some.dtype == first.keys.dtype != torch.float32 and not interpreting()
         return Launch(
             prepare,
-            (1 + sizes.chunks, sizes.units),
+            (2 + sizes.chunks, sizes.units),
             (
                 some,
                 some if pre is None else pre.balance,

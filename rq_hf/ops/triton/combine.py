@@ -26,11 +26,10 @@ def load_matrix(MATRIX, first, D: tl.constexpr, DP: tl.constexpr, WIDTH: tl.cons
 
 
 @triton.jit
-def add_parts(
+def load_parts(
     PARTIAL,
     WEIGHT,
-    maximum,
-    splits,
+    first,
     parts,
     D: tl.constexpr,
     DP: tl.constexpr,
@@ -38,35 +37,55 @@ def add_parts(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Sums of packed and of exact parts of ROWS rows, float32 [16, DP], the latter from row 8 on.
+    """Parts `first` to `first + BLOCK - 1` of ROWS rows, row by row within a part.
 
     Args:
         PARTIAL: Part 0 of the first row.
         WEIGHT: Maximum of part 0 of the first row.
-        maximum: float32 [ROWS], what weights are relative to.
-        BLOCK: How many parts are added up at a time.
+
+    Returns:
+        Sums [BLOCK ROWS, DP], maxima [BLOCK ROWS].
     """
     d = tl.arange(0, DP)
+    n = tl.arange(0, BLOCK * ROWS)
+    part = first + n // ROWS
+    known = part < parts
+    place = part.to(tl.int64) * H + n % ROWS
+    highest = tl.load(WEIGHT + place * 2, mask=known, other=LOWEST)
+    partial = tl.load(
+        PARTIAL + place[:, None] * D + d[None, :],
+        mask=known[:, None] & (d < D)[None, :],
+        other=0.0,
+    )
+    return partial, highest
+
+
+@triton.jit
+def add_parts(
+    sums,
+    partial,
+    highest,
+    maximum,
+    first,
+    splits,
+    parts,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """`sums` [16, DP] and what `load_parts` gave: packed parts, and exact ones from row 8 on.
+
+    Args:
+        maximum: float32 [ROWS], what weights are relative to.
+    """
     r = tl.arange(0, 16)
     n = tl.arange(0, BLOCK * ROWS)
+    part = first + n // ROWS
     mine = (n % ROWS)[None, :] == tl.arange(0, ROWS)[:, None]
     maximum = tl.sum(tl.where(mine, maximum[:, None], 0.0), 0)
-    sums = tl.zeros([16, DP], tl.float32)
-    for at in range(0, parts, BLOCK):
-        part = at + n // ROWS
-        known = part < parts
-        place = part.to(tl.int64) * H + n % ROWS
-        highest = tl.load(WEIGHT + place * 2, mask=known, other=LOWEST)
-        partial = tl.load(
-            PARTIAL + place[:, None] * D + d[None, :],
-            mask=known[:, None] & (d < D)[None, :],
-            other=0.0,
-        )
-        factor = tl.where(known, tl.exp2(highest - maximum), 0.0)
-        row = n % ROWS + tl.where(part < splits, 0, 8)
-        factor = tl.where(r[:, None] == row[None, :], factor[None, :], 0.0)
-        sums = tl.dot(factor, partial, sums, input_precision="tf32x3")
-    return sums
+    factor = tl.where(part < parts, tl.exp2(highest - maximum), 0.0)
+    row = n % ROWS + tl.where(part < splits, 0, 8)
+    factor = tl.where(r[:, None] == row[None, :], factor[None, :], 0.0)
+    return tl.dot(factor, partial, sums, input_precision="tf32x3")
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -132,6 +151,8 @@ def combine(
         gdc_wait()
     highest = tl.load(weight_at, mask=known, other=LOWEST)
     shares = tl.load(weight_at + 1, mask=known, other=0.0)
+    partials = PARTIAL + first * D
+    partial, highest_of = load_parts(partials, weights_at, 0, parts, D, DP, H, ROWS, BLOCK)
 
     maximum = tl.max(highest, 1)
     if SINK:
@@ -146,7 +167,11 @@ def combine(
     # a row with everything hidden gives 0
     normal = tl.where(total > 0, 1 / total, 0.0)
 
-    sums = add_parts(PARTIAL + first * D, weights_at, maximum, splits, parts, D, DP, H, ROWS, BLOCK)
+    sums = tl.zeros([16, DP], tl.float32)
+    sums = add_parts(sums, partial, highest_of, maximum, 0, splits, parts, ROWS, BLOCK)
+    for at in range(BLOCK, parts, BLOCK):
+        partial, highest_of = load_parts(partials, weights_at, at, parts, D, DP, H, ROWS, BLOCK)
+        sums = add_parts(sums, partial, highest_of, maximum, at, splits, parts, ROWS, BLOCK)
     r = tl.arange(0, 16)[:, None]
     out = eight_rows(tl.where(r >= 8, sums, 0.0))
     if PACKED:

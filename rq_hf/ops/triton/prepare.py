@@ -2,8 +2,9 @@
 """One launch before the packed part: rotates queries, and attends to the exact rows (Triton).
 
 A unit is a block of H query rows of one KV head, rows counted as head in group times L plus query.
-Programs of a unit: the first prepares its rows for the packed part, the others take one chunk of
-exact rows each and write a partial result (`combine`).
+Programs of a unit: the first prepares its rows for the packed part, the second what the mean of
+keys before RoPE adds to them, the others take one chunk of exact rows each and write a partial
+result (`combine`).
 """
 
 import triton
@@ -110,7 +111,7 @@ def prepare(
     STORED: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
-    """Grid: (1 + chunks of exact rows, units).
+    """Grid: (2 + chunks of exact rows, units).
 
     Outputs are laid out as `attend_tiles` reads them.
 
@@ -125,7 +126,7 @@ def prepare(
     """
     if CHAINED:
         gdc_launch_dependents()
-    part = tl.program_id(0) - 1
+    part = tl.program_id(0) - 2
     if COUNTED:
         sinks = tl.load(COUNTS)
         count0 = tl.load(COUNTS + 1)
@@ -137,7 +138,7 @@ def prepare(
     kv_head = kv_head.to(tl.int64)
     head = kv_head * group + in_group
     queries_at = QUERY + batch * query_batch + head * query_head + query * query_query
-    if part < 0:
+    if part == -2:
         if PACKED:
             d = tl.arange(0, DP)
             real = d < D
@@ -165,6 +166,9 @@ def prepare(
                 store_rows(sketched, rows8, row_scales, rows, 1, D, H, PLAIN)
             r = tl.arange(0, 16)
             tl.store(CONSTANT + unit * H + r, constant, mask=r < H)
+    elif part == -1:
+        if PACKED:
+            stat = (batch * kv_heads + kv_head) * D
             if PAIRS > 0:
                 p = tl.arange(0, PAIRS)
                 a, b = coefficients(
