@@ -11,6 +11,9 @@ A step is timed from token to token as a streamer gets them (`eval.step_clock`),
 user waits for: the median, without the first steps, that may compile. Prefill is timed twice, from
 the prompt to the first token, and the faster time counts. Memory is what is allocated on top of
 the weights, and what the cache's own buffers hold.
+
+Of recorded steps it is also measured what the device takes for them: the mean of steps that are
+launched one behind the other, in a loop that waits for none of them.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ from eval.results_io import header, write_json
 from eval.shapes import Case, parse_case
 from eval.step_clock import StepClock
 from eval.timing import first_line
+from rq_hf import cuda_graph
 from rq_hf.memory import MIB, reachable_tensors, storage_bytes
 
 CASES = ("1x4k", "1x32k", "8x32k", "1x128k")
@@ -68,6 +72,7 @@ class Result:
         decode_peak_bytes: Most bytes allocated behind it.
         cache_bytes: Bytes of all buffers that the cache holds at the end.
         goal_ms: The step's time that is aimed for.
+        queued_ms: A recorded step's time on the device.
     """
 
     row: str
@@ -84,6 +89,7 @@ class Result:
     decode_peak_bytes: int | None = None
     cache_bytes: int | None = None
     goal_ms: float | None = None
+    queued_ms: float | None = None
 
 
 def generate(
@@ -110,6 +116,26 @@ def generate(
             streamer=clock,
         )
     return clock, cache
+
+
+def queued_seconds(
+    model: PreTrainedModel, prompt: Tensor, row: CacheRow, *, steps: int
+) -> float | None:
+    """Returns the time of a recorded step on the device; None if steps are not recorded."""
+    if row.around is not cuda_graph:
+        return None
+    cache = row.make(model.config, prompt.shape[1] + FIRST_STEPS + steps)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    with torch.no_grad(), row.around(model, cache):
+        logits = model(prompt, past_key_values=cache, logits_to_keep=1).logits
+        token = logits.argmax(-1)
+        for step in range(FIRST_STEPS + steps):
+            if step == FIRST_STEPS:
+                begin.record()
+            model(token, past_key_values=cache, logits_to_keep=1)
+        end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3 / steps
 
 
 def measure(model: PreTrainedModel, name: str, case: Case, *, steps: int, seconds: float) -> Result:
@@ -139,9 +165,12 @@ def _measure(model: PreTrainedModel, name: str, case: Case, steps: int, seconds:
     if row.compiled and not hasattr(model, _COMPILED):
         raise RuntimeError(f"generate() does not compile steps on {model.device.type}")
     times = clock.step_seconds
+    cache_bytes = storage_bytes(reachable_tensors(cache))
+    del cache
     timed = times[FIRST_STEPS:]
     if not timed:
         raise TimeoutError(f"{len(times)} steps in {seconds:.0f} s; raise --seconds")
+    queued = queued_seconds(model, prompt, row, steps=steps)
     return Result(
         row=name,
         case=str(case),
@@ -154,8 +183,9 @@ def _measure(model: PreTrainedModel, name: str, case: Case, steps: int, seconds:
         prefill_s=min(first_prefill, clock.prefill_seconds),
         prefill_peak_bytes=clock.prefill_peak,
         decode_peak_bytes=clock.decode_peak,
-        cache_bytes=storage_bytes(reachable_tensors(cache)),
+        cache_bytes=cache_bytes,
         goal_ms=goals.STEP.get(row.goal or "", {}).get(str(case)),
+        queued_ms=None if queued is None else 1e3 * queued,
     )
 
 
@@ -174,6 +204,7 @@ def print_result(result: Result) -> None:
         print(f"{start}{result.error}", flush=True)
         return
     goal = "" if result.goal_ms is None else f" (goal {result.goal_ms})"
+    goal += "" if result.queued_ms is None else f", {result.queued_ms:.2f} on the device"
     sizes = (result.prefill_peak_bytes, result.decode_peak_bytes, result.cache_bytes)
     peak, later_peak, held = ("-" if size is None else f"{size / MIB:.0f}" for size in sizes)
     print(

@@ -166,9 +166,7 @@ class RotorQuantLayer(PackedStates, CacheLayerMixin):
             self._store_or_wait(key, value, waits)
             return self._source(view, tokens)
         if tokens == 1 and self._attention_may_store(key):
-            store.exact.reserve(store.exact.length + 1)
-            self._pending = (key, value)
-            return self._source(self.view(key, value), tokens)
+            return self._source(self._let_wait(key, value), tokens)
         store.exact.append(key, value)
         view = self.view()
         try:
@@ -186,9 +184,15 @@ class RotorQuantLayer(PackedStates, CacheLayerMixin):
         known = self.preconditioner is not None and self._store.tail > 0
         return by_kernels and handles and known and self.leaving(1) == 0
 
+    def _let_wait(self, key: Tensor, value: Tensor) -> LayerView:
+        """Returns a view with a token for which there is room behind the tail."""
+        self._store.exact.reserve(self._store.exact.length + 1)
+        self._pending = (key, value)
+        return self.view(key, value)
+
     def waits_for(self, view: LayerView) -> bool:
         """Whether the newest token of `view` is still to be stored behind its tail."""
-        if self._pending is None or self._pending[0].shape[2] != 1 or self._offloaded:
+        if self._pending is None or self._pending[0].shape[2] != 1:
             return False
         return len(view.recent) == 2 and view.recent[1].keys is self._pending[0]
 
@@ -393,6 +397,9 @@ class RotorQuantLayer(PackedStates, CacheLayerMixin):
 
     def offload(self) -> None:
         """Moves the buffers to the CPU."""
+        if self.preconditioner is not None:
+            # attention would store a token that waits where the buffers have been
+            self.settle()
         if self.store is not None:
             self.store.map(lambda t: t.to("cpu"))
             self._offloaded = True

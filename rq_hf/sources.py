@@ -96,7 +96,14 @@ class ViewSource:
         )
         if stores:
             self.layer.note_stored()
+        else:
+            self._settle()
         return result
+
+    def _settle(self) -> None:
+        """Stores a token that has waited for an attention that does not store it."""
+        if self.layer.waits_for(self.view):
+            self.layer.settle()
 
     def _chooses_kernels(self, query: Tensor) -> bool:
         """Whether kernels run: many queries are matrix products, which torch has."""
@@ -118,6 +125,7 @@ class ViewSource:
         if self._query is not None:
             self._observe(self._query, padding_of_weights(weights))
             self._query = None
+        self._settle()
         return reference.mix(weights, self.view).to(weights.dtype)
 
     def dense(self, role: Role) -> Tensor:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor
 
@@ -66,8 +67,7 @@ def attend_with(
     """
     _check(query, view, mask, sinks)
     assert kernels or not stores_newest
-    more = {"stores_newest": True} if stores_newest else {}
-    return _attend(kernels, query, view, scale, mask, causal, softcap, sinks, **more)
+    return _attend(kernels, query, view, scale, mask, causal, softcap, sinks, stores_newest)
 
 
 def _attend(
@@ -79,11 +79,13 @@ def _attend(
     causal: bool,
     softcap: float | None,
     sinks: Tensor | None,
-    **of_kernels: bool,
+    stores_newest: bool = False,
 ) -> Tensor:
     run: Callable[..., Tensor] = reference.attend
     if kernels:
-        from rq_hf.ops.triton.attend import attend as run
+        from rq_hf.ops.triton.attend import attend as by_kernels
+
+        run = partial(by_kernels, stores_newest=stores_newest)
     # which tokens are the newest is known to the host alone
     if view.counts is not None and (not kernels or (causal and query.shape[2] > 1)):
         view = view.counted()
@@ -96,7 +98,6 @@ def _attend(
             causal=causal,
             softcap=softcap,
             sinks=sinks,
-            **of_kernels,
         )
 
 

@@ -76,7 +76,7 @@ def test_only_a_layer_that_kernels_read_lets_a_token_wait() -> None:
 
 
 @pytest.mark.parametrize(
-    "what", ["update", "keys", "crop", "select", "view", "copy", "two", "eager"]
+    "what", ["update", "keys", "crop", "select", "view", "copy", "two", "eager", "away"]
 )
 def test_a_waiting_token_is_never_lost(what: str) -> None:
     layer, plain = filled("triton"), filled("reference")
@@ -100,6 +100,12 @@ def test_a_waiting_token_is_never_lost(what: str) -> None:
         # as layers that share keys and values do
         first, second = (ask(layer, *handles, query) for _ in range(2))
         torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-5)
+    elif what == "away":
+        # as an offloading cache does before layers that share keys and values have read them
+        layer.offload()
+        layer.prefetch()
+        mine = ask(layer, *handles, query)
+        torch.testing.assert_close(mine, ask(plain, *theirs, query), atol=1e-4, rtol=1e-4)
     elif what == "eager":
         scores = query @ handles[0].repeat_interleave(2, 1).transpose(2, 3)
         wanted = query @ theirs[0].repeat_interleave(2, 1).transpose(2, 3)

@@ -203,3 +203,7 @@ def test_compiles_within_limits(capability: int) -> None:
         or taken["shared"] > SHARED[capability]
     }
     assert not beyond
+    # launches that begin early wait once, and write nothing before
+    for name, taken in usage.items():
+        begins_early = capability >= 90 and VARIANTS[name].kernel in ("attend_tiles", "combine")
+        assert (taken["waits"], taken["early_stores"]) == (int(begins_early), 0), name

@@ -1,34 +1,66 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many tiles a program takes."""
+"""How many programs share the tiles of a call."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+import torch
+from ops.test_attend_kernels import make_query, make_view
 
 pytest.importorskip("triton")
 
-from rq_hf.ops.triton.workspace import _PROGRAMS, _tiles_of_a_program
-
-MULTIPROCESSORS = 132
+PROGRAMS = 8
 
 
-@pytest.mark.parametrize("tiles", [1, 100, 527, 528, 2032, 10_000, 10**6])
-@pytest.mark.parametrize("enough", [3, 4, _PROGRAMS])
-@pytest.mark.parametrize("tile_length", [64, 128])
-def test_no_more_programs_than_fit_and_no_tile_waits_where_few_would_run(
-    tiles: int, enough: int, tile_length: int
+def sizes(
+    monkeypatch: pytest.MonkeyPatch, tiles: int, *, batch: int, group: int, bits: int = 3
+) -> object:
+    """Sizes of a call on a GPU of 132 multiprocessors, two KV heads."""
+    from rq_hf.ops.triton import workspace
+
+    monkeypatch.setattr(workspace, "processors", lambda device: 132)
+    view = make_view(400, 128, torch.device("cpu"), batch=1, nbits=bits)
+    shape = (batch, 2, tiles)
+    view = replace(
+        view,
+        records=view.records[:1, :, :1].expand(*shape, -1),
+        scales=view.scales[:1, :, :1].expand(*shape, -1, -1),
+        packed_length=tiles * view.codec.layout.tile_length,
+    )
+    query = make_query(view, group, 1).expand(batch, -1, -1, -1)
+    return workspace.Sizes.of(query, view, [view.sinks, *view.recent])
+
+
+@pytest.mark.parametrize("tiles", [1, 30, 62, 126, 254, 509, 1022, 8190])
+@pytest.mark.parametrize(("batch", "group"), [(1, 4), (4, 4), (32, 4), (128, 4), (1, 7), (8, 20)])
+@pytest.mark.parametrize("bits", [3, 4])
+def test_all_programs_run_at_once_and_share_all_tiles(
+    monkeypatch: pytest.MonkeyPatch, tiles: int, batch: int, group: int, bits: int
 ) -> None:
-    each = _tiles_of_a_program(MULTIPROCESSORS, tiles, tile_length=tile_length, enough=enough)
-    programs = -(-tiles // each)
-    assert each >= 1 and programs <= MULTIPROCESSORS * _PROGRAMS
-    # another tile each is taken only where that leaves enough programs, or where it must be
-    if each > 1:
-        crowded = tiles > (each - 1) * MULTIPROCESSORS * _PROGRAMS
-        assert crowded or tiles > (each - 1) * MULTIPROCESSORS * enough
-    if each * tile_length > 384:
-        assert tiles > (each - 1) * MULTIPROCESSORS * _PROGRAMS
+    found = sizes(monkeypatch, tiles, batch=batch, group=group, bits=bits)
+    each = -(-found.tiles // found.splits)
+    assert found.splits >= 1 and found.parts <= 256 and each * found.splits >= tiles
+    # programs of a second round would double the time
+    assert found.splits * found.units <= 132 * PROGRAMS or found.splits == 1
 
 
-def test_one_tile_each_while_there_are_few() -> None:
-    each = [_tiles_of_a_program(132, n, tile_length=128, enough=4) for n in (500, 1000, 1500, 9000)]
-    assert each == [1, 2, 3, 9]
+@pytest.mark.parametrize(
+    ("tiles", "batch", "bits", "each"),
+    [(62, 4, 3, 1), (126, 4, 3, 2), (254, 4, 3, 3), (509, 4, 4, 6), (1022, 4, 3, 8)],
+)
+def test_three_tiles_a_program_where_that_leaves_enough(
+    monkeypatch: pytest.MonkeyPatch, tiles: int, batch: int, bits: int, each: int
+) -> None:
+    found = sizes(monkeypatch, tiles, batch=batch, group=4, bits=bits)
+    assert found.splits == -(-tiles // each)
+
+
+def test_no_tiles_no_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rq_hf.ops.triton import workspace
+
+    view = make_view(40, 128, torch.device("cpu"))
+    assert view.packed_length == 0
+    found = workspace.Sizes.of(make_query(view, 4, 1), view, [view.sinks, *view.recent])
+    assert found.splits == 0 and found.parts == found.chunks > 0

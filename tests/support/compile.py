@@ -29,12 +29,16 @@ class Usage:
         stack: Bytes of a thread's stack; spilled registers lie there.
         spills: Bytes of a thread's local memory beside it.
         shared: Bytes of shared memory of a program.
+        waits: How often it waits for the launch before (programmatic dependent launch).
+        early_stores: How often it writes to global memory before that.
     """
 
     registers: int
     stack: int
     spills: int
     shared: int
+    waits: int = 0
+    early_stores: int = 0
 
 
 def compile_kernel(
@@ -175,7 +179,10 @@ def _usage(compiled: Any) -> Usage:
         command = [str(tool), "-res-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = {key: int(number) for key, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    return Usage(found["REG"], found["STACK"], found["LOCAL"], compiled.metadata.shared)
+    before, *behind = compiled.asm["ptx"].split("griddepcontrol.wait")
+    stores = len(re.findall(r"\b(?:st|red|atom)\.global", before)) if behind else 0
+    shared = compiled.metadata.shared
+    return Usage(found["REG"], found["STACK"], found["LOCAL"], shared, len(behind), stores)
 
 
 def main() -> None:

@@ -80,6 +80,8 @@ def _inputs(
     if sinks is not None:
         sinks = sinks.reshape(-1)
     pieces = [_dense_rows(rows) for rows in (view.sinks, *view.recent)]
+    # what is written behind a copy is lost
+    assert not stores_newest or pieces[1] is view.recent[0]
     causal = causal and query.shape[2] > 1
     return Inputs(query, view, pieces, mask, sinks, scale, causal, softcap, stores_newest)
 

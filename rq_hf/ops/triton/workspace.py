@@ -61,15 +61,15 @@ class Sizes:
         tiles = view.records.shape[2] if view.packed_length else 0
         chunk = exact_chunk(head_dim)
         chunks = sum(-(-rows.keys.shape[2] // chunk) for rows in pieces)
+        all_programs = processors(query.device) * _PROGRAMS
+        # a tile of a wide head is work enough
+        enough = _ENOUGH[block] if head_dim <= 128 else _PROGRAMS
         each = _tiles_of_a_program(
-            processors(query.device),
-            tiles * units,
+            tiles,
+            most=min(all_programs // units, max(_MAX_PARTS - chunks, _MAX_PARTS // 2)),
+            enough=processors(query.device) * enough // units,
             tile_length=view.codec.layout.tile_length,
-            # a tile of a wide head is work enough
-            enough=_ENOUGH[block] if head_dim <= 128 else _PROGRAMS,
         )
-        # so many parts at most
-        each = max(each, -(-tiles // max(_MAX_PARTS - chunks, _MAX_PARTS // 2)))
         return cls(
             batch=batch,
             kv_heads=kv_heads,
@@ -178,19 +178,18 @@ def exact_chunk(head_dim: int) -> int:
     return 64 if head_dim <= 128 else 32
 
 
-def _tiles_of_a_program(multiprocessors: int, tiles: int, *, tile_length: int, enough: int) -> int:
-    """Tiles that one program takes of so many of all units; at least 1.
+def _tiles_of_a_program(tiles: int, *, most: int, enough: int, tile_length: int) -> int:
+    """Tiles of a unit that one program takes; at least 1.
 
     Args:
-        multiprocessors: Of the GPU.
-        tiles: How many there are.
+        tiles: Tiles of the unit.
+        most: Programs of a unit that run at once.
+        enough: Programs of a unit that are to be had before one takes more tiles than it must.
         tile_length: Tokens of a tile.
-        enough: Programs of a multiprocessor that are to be had before a program takes more tiles
-            than it must.
     """
-    least = -(-tiles // (multiprocessors * _PROGRAMS))
-    most = -(-tiles // (multiprocessors * enough))
-    return max(1, least, min(most, _TOKENS // tile_length))
+    least = -(-tiles // max(1, most))
+    wanted = min(-(-tiles // max(1, enough)), _TOKENS // tile_length)
+    return max(1, least, wanted)
 
 
 def _aligned(count: int) -> int:
