@@ -136,8 +136,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     cases = make_cases(args)
     settings = parse_settings(args.settings, strict=False)
-    model, tokenizer = load_options_model(args)
     texts = read_texts(args)
+    model, tokenizer = load_options_model(args)
     has_template = tokenizer.chat_template is not None
     template = args.template == "always" or (args.template == "auto" and has_template)
     haystack = "\n\n".join(text.content for text in texts)

@@ -33,7 +33,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 def add_text_options(parser: argparse.ArgumentParser) -> None:
     """Adds --text, --dataset and --bos."""
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--text", type=Path, action="append", help="a text file")
+    source.add_argument(
+        "--text",
+        type=Path,
+        action="append",
+        help="a text file, or a folder: its *.txt one behind the other, by name",
+    )
     source.add_argument("--dataset", choices=DATASETS, help="a text from the hub")
     parser.add_argument(
         "--bos",
@@ -85,8 +90,9 @@ def load_first_window(
     args: argparse.Namespace,
 ) -> tuple[PreTrainedModel, torch.Tensor, dict[str, Any]]:
     """Returns the model, the text's first tokens `[1, n]` on its device, and both described."""
-    model, tokenizer = load_options_model(args)
+    # texts first: a wrong path shows at once, a model takes its time
     texts = read_texts(args)
+    model, tokenizer = load_options_model(args)
     (tokens,) = make_windows(tokenizer, texts, count=1, length=args.tokens, bos=args.bos)
     described = {
         "model": describe_model(args, model),

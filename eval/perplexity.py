@@ -179,8 +179,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     spans, start = plan(args)
     strict = args.mode == "strict"
     settings = parse_settings(args.settings, strict=strict)
-    model, tokenizer = load_options_model(args)
     texts = read_texts(args)
+    model, tokenizer = load_options_model(args)
     windows = make_windows(
         tokenizer,
         texts,

@@ -16,7 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from eval import report_memory, report_plots
+from eval import report_memory, report_plots, report_tables
 from eval.needle_plot import plot_needle
 from eval.plot import plot_attention
 from eval.tables import make_table, markdown, module_of
@@ -72,11 +72,24 @@ def _steps(results: Results, out: Path) -> Iterator[str]:
     yield from _tables(results)
 
 
-def _rotations(results: Results, out: Path) -> Iterator[str]:
-    yield from _tables(results)
+def _frozen(results: Results, out: Path) -> Iterator[str]:
+    for files in report_tables.frozen_sets(results):
+        yield report_tables.frozen_table(files)
 
 
-def _sensitivity(results: Results, out: Path) -> Iterator[str]:
+def _packing(results: Results, out: Path) -> Iterator[str]:
+    for path, result in results.items():
+        yield f"### {path.stem}"
+        yield report_tables.encode_table(path, result)
+
+
+def _devices(results: Results, out: Path) -> Iterator[str]:
+    for path, result in results.items():
+        yield f"### {path.stem}"
+        yield report_tables.devices_table(path, result)
+
+
+def _only_tables(results: Results, out: Path) -> Iterator[str]:
     yield from _tables(results)
 
 
@@ -86,14 +99,20 @@ def _tables(results: Results) -> Iterator[str]:
         yield make_table(path)
 
 
+# stands for the files of `perplexity` that make a section of their own
+FROZEN = "frozen"
 # heading and maker of a section, by the script that wrote its files
 SECTIONS: dict[str, tuple[str, Callable[[Results, Path], Iterator[str]]]] = {
     "perplexity": ("Quality", _quality),
+    FROZEN: ("Statistics frozen early", _frozen),
+    "fidelity": ("Errors layer by layer", _only_tables),
     "needle": ("Needle in a haystack", _needle),
     "benchmark_attention": ("Speed of attention", _attention),
     "benchmark_generate": ("A decode step in generate()", _steps),
-    "rotation_mse": ("Rotations", _rotations),
-    "sensitivity": ("Sensitivity along a window", _sensitivity),
+    "benchmark_encode": ("Speed of packing", _packing),
+    "multi_gpu": ("Several devices", _devices),
+    "rotation_mse": ("Rotations", _only_tables),
+    "sensitivity": ("Sensitivity along a window", _only_tables),
 }
 
 
@@ -112,9 +131,11 @@ def memory_section(out: Path) -> Iterator[str]:
 
 def make_page(results: Results, out: Path) -> str:
     """Draws all pictures into a folder and returns the page."""
+    frozen = {path for files in report_tables.frozen_sets(results) for path in files}
     by_module: dict[str, Results] = {}
     for path, result in results.items():
-        by_module.setdefault(module_of(result), {})[path] = result
+        module = FROZEN if path in frozen else module_of(result)
+        by_module.setdefault(module, {})[path] = result
     parts = ["# Results"]
     for module, (heading, make) in tqdm(SECTIONS.items(), unit="section", disable=None):
         if module in by_module:

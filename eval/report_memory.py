@@ -109,7 +109,7 @@ def plot_memory(path: Path, model: str = "Llama-3.1-8B", lengths: Sequence[int] 
     """Draws weights and cache of one model against the length of one sequence."""
     size = MODELS[model]
     tokens = list(lengths) or [1 << k for k in range(12, 21)]
-    figure, axes = plt.subplots(figsize=(6.5, 4.5))
+    figure, axes = plt.subplots(figsize=(6.5, 4.8), layout="constrained")
     for bits in BITS:
         total = [(size.parameters * BF16_BYTES + cache_bytes(size, n, bits)) / GB for n in tokens]
         label = "bfloat16" if bits == BF16_BITS else f"{bits} bits"
@@ -122,7 +122,6 @@ def plot_memory(path: Path, model: str = "Llama-3.1-8B", lengths: Sequence[int] 
     axes.set_xticks(tokens, [f"{n // 1024}k" for n in tokens], minor=False)
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", loc="center left")
-    figure.tight_layout()
+    figure.legend(loc="outside lower center", ncols=len(BITS), fontsize="small")
     figure.savefig(path, dpi=150)
     plt.close(figure)

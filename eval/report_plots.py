@@ -23,18 +23,31 @@ GOAL_STYLE = {"color": "black", "linestyle": ":", "linewidth": 2}
 
 
 class Panel(NamedTuple):
-    """Measurements that may be compared: one model, one text, one way to read its windows."""
+    """Measurements that may be compared: one model, one way to read windows, the same positions.
+
+    Attributes:
+        model: Its name.
+        texts: Their names.
+        window: Tokens of a window.
+        mode: "strict" or "generate".
+        first: Tokens of the first forward, which statistics come from.
+        start: First position of a window that is scored.
+        tokens: How many are scored in all windows.
+    """
 
     model: str
     texts: tuple[str, ...]
     window: int
     mode: str
     first: int
+    start: int
+    tokens: int
 
     def __str__(self) -> str:
         after = f", first {self.first}" if self.first < self.window else ""
         read = f"{self.mode}, windows of {self.window}{after}"
-        return f"{self.model}, {' then '.join(self.texts)}\n{read}"
+        scored = f"{self.tokens:,} tokens scored, from position {self.start:,}"
+        return f"{self.model}, {' then '.join(self.texts)}\n{read}\n{scored}"
 
 
 class Point(NamedTuple):
@@ -50,22 +63,24 @@ def collect(results: Sequence[Result]) -> dict[Panel, dict[str, list[Point]]]:
 
     Settings that change single fields are left out, and so are panels with a single number of
     bits: neither makes a line. Where methods were compared, panels with one alone are left out.
+    Of several measurements of one setting on the same positions the first counts.
     """
-    panels: dict[Panel, dict[str, list[Point]]] = {}
+    panels: dict[Panel, dict[str, dict[float, Point]]] = {}
     for result in results:
         config = result["config"]
         first = config["first_forwards"][0][1]
         texts = tuple(text["name"] for text in config["texts"])
-        panel = Panel(config["model"]["name"], texts, config["window"], config["mode"], first)
+        read = (config["model"]["name"], texts, config["window"], config["mode"], first)
         for row in result["summary"]:
             method, _, bits = row["setting"].partition(":")
             if row["windows"] and bits.isdigit() and method not in LADDER:
+                panel = Panel(*read, config["scored"][0], row["tokens"])
                 point = Point(row["bits_nominal"], row["kl"], row["delta_percent"])
-                panels.setdefault(panel, {}).setdefault(method, []).append(point)
+                panels.setdefault(panel, {}).setdefault(method, {}).setdefault(point.bits, point)
     drawn = {
-        panel: lines
+        panel: {method: list(points.values()) for method, points in lines.items()}
         for panel, lines in sorted(panels.items())
-        if len({point.bits for points in lines.values() for point in points}) > 1
+        if len({bits for points in lines.values() for bits in points}) > 1
     }
     compared = {panel: lines for panel, lines in drawn.items() if len(lines) > 1}
     return compared or drawn
@@ -79,7 +94,7 @@ def plot_quality(panels: dict[Panel, dict[str, list[Point]]], path: Path) -> Non
     colours = {method: f"C{i % 10}" for i, method in enumerate(methods)}
     for (panel, by_method), (top, bottom) in zip(panels.items(), grid.T, strict=True):
         for method, points in by_method.items():
-            bits, kl, change = zip(*sorted(set(points)), strict=True)
+            bits, kl, change = zip(*sorted(points), strict=True)
             style = {"marker": "o", "label": method, "color": colours[method]}
             top.plot(bits, kl, **style)
             bottom.plot(bits, change, **style)

@@ -145,8 +145,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
     settings = parse_settings(args.settings, strict=True)
-    model, tokenizer = load_options_model(args)
     texts = read_texts(args)
+    model, tokenizer = load_options_model(args)
     windows = make_windows(tokenizer, texts, count=args.windows, length=args.window, bos=args.bos)
     packed = [layer.layer_idx for layer in RotorQuantCache(config=model.config).packed_layers]
     result = {

@@ -190,8 +190,8 @@ def _failure(row: dict[str, Any]) -> str:
 
 def _generate_rows(result: dict[str, Any]) -> list[list[str]]:
     """Step, goal, prefill and memory of each cache, by case."""
-    header = ["batch x tokens", "cache", "ms a step", "goal", "speed, bf16 = 1", "prefill, s"]
-    table = [[*header, "cache, MiB", "peak in prefill, MiB", "peak in decoding, MiB"]]
+    header = ["batch x tokens", "cache", "ms a step", "of it GPU", "goal", "speed, bf16 = 1"]
+    table = [[*header, "prefill, s", "cache, MiB", "peak in prefill, MiB", "peak in decoding, MiB"]]
     best = _best_steps(result["rows"])
     for row in result["rows"]:
         cells = _generate_cells(row, best.get(row["case"]))
@@ -210,11 +210,12 @@ def _best_steps(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 def _generate_cells(row: dict[str, Any], best_ms: float | None) -> list[str]:
     if row["error"] is not None:
-        return [_failure(row), *["-"] * 6]
+        return [_failure(row), *["-"] * 7]
     bf16 = best_ms is None or row["row"].startswith(BF16_CACHES)
     sizes = (row[f"{name}_bytes"] for name in ("cache", "prefill_peak", "decode_peak"))
     return [
         f"{row['step_ms']:.2f}",
+        "-" if row.get("queued_ms") is None else f"{row['queued_ms']:.2f}",
         "-" if row["goal_ms"] is None else f"{row['goal_ms']}",
         "-" if bf16 else f"{best_ms / row['step_ms']:.2f}x",
         f"{row['prefill_s']:.3f}",
@@ -269,9 +270,10 @@ LEGENDS = {
         "also beside plain 3-bit keys.\n\n"
     ),
     "benchmark_generate": (
-        "Median time of a decode step inside `generate()`; its speed in multiples of that with the "
-        "fastest bf16 cache of the same case; what the cache's buffers hold, and what is allocated "
-        "at most on top of the weights.\n\n"
+        "Median time of a decode step inside `generate()`; of recorded steps, what the GPU takes "
+        "when the host waits for none; speed in multiples of that with the fastest bf16 cache of "
+        "the same case; what the cache's buffers hold, and what is allocated at most on top of the "
+        "weights.\n\n"
     ),
 }
 

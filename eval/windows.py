@@ -35,14 +35,27 @@ class Text:
 
 
 def read_text(path: Path) -> Text:
-    """Returns the text in a file.
+    """Returns the text in a file, or that of a folder's `*.txt`, one behind the other by name.
 
     Raises:
-        ValueError: There is no such file.
+        ValueError: There is no such file or folder, or the folder holds no such file.
     """
+    if path.is_dir():
+        files = sorted(file for file in path.glob("*.txt") if file.is_file())
+        if not files:
+            raise ValueError(f"no *.txt in the folder {path}; give a text file or a folder of such")
+        # a name even for "."
+        return Text(path.resolve().name, "".join(map(_read, files)))
     if not path.is_file():
-        raise ValueError(f"no file {path}; give a text file, or a data set with --dataset")
-    return Text(path.name, path.read_text(encoding="utf-8"))
+        raise ValueError(
+            f"no file or folder {path}; give a text file, a folder with *.txt, or a data set with "
+            "--dataset"
+        )
+    return Text(path.name, _read(path))
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
 
 
 def download_text(name: str) -> Text:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from eval import plot, report, report_plots
+from eval import plot, report, report_plots, report_tables
 from eval.report_memory import BITS, GB, MODELS, RESERVE, cache_bytes, largest_context
 
 ROOT = Path(__file__).parents[1]
@@ -41,6 +41,7 @@ def perplexity_result(settings: dict[str, float]) -> dict[str, Any]:
             "mode": "strict",
             "window": 1024,
             "first_forwards": [[0, 128], [128, 1024]],
+            "scored": [128, 1023],
         },
         "summary": rows,
     }
@@ -116,7 +117,53 @@ def test_the_plots_command_draws_steps(tmp_path: Path) -> None:
 
 def test_the_projects_own_results_make_a_page(tmp_path: Path) -> None:
     results = report.read_results(ROOT / "eval" / "results")
-    assert report.make_page(results, tmp_path).startswith("# Results\n")
+    page = report.make_page(results, tmp_path)
+    assert page.startswith("# Results\n") and "## Files without a section" not in page
+    assert all(f"`{path.name}`" in page for path in results)
+
+
+def frozen_result(tokens: int, kl: float) -> dict[str, Any]:
+    result = perplexity_result({"a:3": kl})
+    result["config"]["first_forwards"] = [[0, tokens], [tokens, 1024]]
+    result["summary"][0] |= {"kl_by_piece": [kl] * 8, "kl_error": 0.1}
+    return result
+
+
+def test_files_that_differ_in_statistics_alone_make_one_table(tmp_path: Path) -> None:
+    early, late, other = frozen_result(128, 0.3), frozen_result(256, 0.2), frozen_result(512, 0.1)
+    # another part of the windows is scored
+    other["config"]["scored"] = [512, 1023]
+    results = {}
+    for i, result in enumerate((early, late, other)):
+        path = tmp_path / f"{i}.json"
+        path.write_text(json.dumps(result))
+        results[path] = result
+    (files,) = report_tables.frozen_sets(results)
+    assert list(files.values()) == [early, late]
+    page = report.make_page(results, tmp_path)
+    section = page.partition("## Statistics frozen early")[2].partition("## Memory")[0]
+    assert "| m | 128 / 256 | 1.50x |" in section and "`0.json`, `1.json`" in section
+    assert "### 2" in page and "### 0" not in page
+
+
+def test_packing_has_time_and_rate() -> None:
+    row = {"setting": "3", "rotation": "hadamard", "scale": "search", "bytes": 200_000_000}
+    rows = [
+        {**row, "operation": "encode", "timing": {"us": 400.0}},
+        {**row, "operation": "decode", "timing": {"us": 100.0}},
+    ]
+    (line,) = report_tables.encode_rows({"rows": rows})[1:]
+    assert line == ["3 bits", "hadamard", "search", "400 µs, 500 GB/s", "100 µs, 2,000 GB/s"]
+
+
+def test_devices_are_held_against_one() -> None:
+    parted = {"agreeing": 13, "margin": 0.25, "difference_before": 0.5}
+    whole = {"agreeing": 200, "margin": None, "difference_before": 0.0}
+    run = {"tokens_partings": [parted, whole], "exact_tokens_partings": [whole, whole]}
+    run["held"] = {"rank 0": {"cuda:0": 1 << 20}, "rank 1": {"cuda:1": 3 << 20}}
+    packed, exact = report_tables.devices_rows({"results": {"two": run}})[1:]
+    assert packed == ["two", "packed", "13, 200", "0.25, -", "0.5, 0", "cuda:0: 1.0; cuda:1: 3.0"]
+    assert exact == ["two", "exact", "200, 200", "-, -", "0, 0", "-"]
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
@@ -131,6 +178,24 @@ def test_lines_are_methods_and_panels_are_comparable() -> None:
     assert sorted(lines) == ["a", "b"] and [p.kl for p in lines["a"]] == [0.1, 0.01]
     other["config"]["window"] = 4096
     assert len(report_plots.collect([perplexity_result(settings), other])) == 2
+
+
+def test_a_line_has_one_point_for_a_number_of_bits() -> None:
+    settings = {"a:3": 0.1, "a:4": 0.01, "b:3": 0.2, "b:4": 0.02}
+    measured, again, fewer = (perplexity_result(settings) for _ in range(3))
+    again["summary"][0]["kl"] = 0.11
+    for row in fewer["summary"]:
+        row["tokens"] = 500
+    later = perplexity_result(settings)
+    later["config"]["scored"] = [256, 1023]
+    panels = report_plots.collect([measured, again, fewer, later])
+    assert sorted((panel.start, panel.tokens) for panel in panels) == [
+        (128, 500),
+        (128, 1000),
+        (256, 1000),
+    ]
+    for lines in panels.values():
+        assert [point.kl for point in lines["a"]] == [0.1, 0.01]
 
 
 @pytest.mark.parametrize("name", MODELS)
