@@ -246,6 +246,8 @@ def run_tensor_parallel(args: argparse.Namespace) -> None:
     write_json(args.worker / f"rank{rank}.json", run.result)
     if rank == 0:
         torch.save(run.logits, args.worker / "logits.pt")
+    # one that has gone may take the others' connections with it
+    dist.barrier()
     dist.destroy_process_group()
 
 

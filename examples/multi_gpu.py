@@ -48,6 +48,8 @@ def main(argv: list[str] | None = None) -> None:
         print(tokenizer.decode(tokens[0], skip_special_tokens=True))
         print(describe(cache))
     if processes > 1:
+        # one that has gone may take the others' connections with it
+        dist.barrier()
         dist.destroy_process_group()
 
 

@@ -127,6 +127,13 @@ def test_small_and_large_gpus(
     assert hidden.abs().max() == 0
 
 
+@pytest.mark.parametrize("head_dim", [96, 112, 160, 192])
+@pytest.mark.parametrize("queries", [1, 3])
+def test_head_dims_in_plain_order(head_dim: int, queries: int) -> None:
+    view = make_view(300, head_dim, place(head_dim), padding=[30, 0])
+    check(view, make_query(view, 4, queries), causal=True)
+
+
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("tokens", [1, 3, 4, 5, 43, 44, 45, 171, 172, 173, 1111])
 def test_lengths(head_dim: int, tokens: int) -> None:
