@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients, inference mode and half precision."""
+"""Gradients, inference mode, half precision, and weights that are elsewhere."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from support.flows import (
     FAMILIES,
     LENGTH,
@@ -121,3 +122,15 @@ def test_half_precision(model: PreTrainedModel, dtype: torch.dtype) -> None:
     assert (mine - in_float32).norm() <= 2 * twins_error
     output = generate(half, make_tokens(LENGTH), make_cache(half))
     assert torch.isfinite(torch.stack(output.logits)).all()
+
+
+def test_weights_that_accelerate_brings_for_each_layer() -> None:
+    """By hooks around a module's forward, which must hand on what the cache gives."""
+    model, tokens = make_model("llama"), make_tokens(LENGTH)
+    expected = generate(model, tokens, make_cache(model)).sequences
+    cache = make_cache(model)
+    offloaded = cpu_offload(model, execution_device=torch.device("cpu"))
+    assert next(offloaded.parameters()).device.type == "meta"
+    assert torch.equal(generate(offloaded, tokens, cache).sequences, expected)
+    assert min(packed_tokens(cache)) > 0
+    assert all(set(layer.calls) == {"prompt", "sdpa"} for layer in cache.packed_layers)

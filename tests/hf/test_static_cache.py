@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -104,6 +105,19 @@ def test_turns_on_one_cache(options: dict[str, Any]) -> None:
         texts.append(tokens)
         assert packed(cache) == {192}
     assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize("make", [static, dynamic])
+def test_buffers_made_before_the_first_prompt(make: Callable[..., Any]) -> None:
+    model = make_model("llama")
+    config = model.config
+    early = make(model)
+    heads, head_dim = config.num_key_value_heads, config.head_dim
+    early.early_initialization(2, heads, head_dim, torch.float32, torch.device("cpu"))
+    assert all(layer.is_initialized for layer in early.layers) and early.get_seq_length() == 0
+    mine, theirs = (generate(model, make_prompt(PADDING), cache) for cache in (early, make(model)))
+    assert torch.equal(mine.sequences, theirs.sequences)
+    assert min(packed(early)) > 0
 
 
 @pytest.mark.parametrize("length", [1, 3, 20, 50])

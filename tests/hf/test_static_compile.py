@@ -20,6 +20,7 @@ from support.static import (
     packed,
     static,
 )
+from torch.utils._pytree import tree_leaves
 from transformers import StaticCache
 
 # a tile is packed in the third step
@@ -81,6 +82,24 @@ def test_compiled_by_hand() -> None:
             assert torch.equal(token[:, 0], expected[:, LENGTH + at])
             token = step(token, past_key_values=cache).logits.argmax(-1)
     assert graphs() == 1
+
+
+def test_compiled_steps_give_all_outputs() -> None:
+    model, prompt = make_model("llama"), make_prompt(PADDING)
+    model.set_attn_implementation("eager")
+    forget_compiled(model)
+    names = ("scores", "attentions", "hidden_states")
+    wanted = {f"output_{name}": True for name in names}
+    theirs, mine = (
+        generate(model, prompt, static(model), **options, **wanted, **FEW)
+        for options in ({"disable_compile": True}, compiled(backend="aot_eager"))
+    )
+    assert graphs() == 1 and torch.equal(mine.sequences, theirs.sequences)
+    for name in ("logits", *names):
+        pairs = zip(tree_leaves(mine[name]), tree_leaves(theirs[name]), strict=True)
+        for one, other in pairs:
+            assert one.shape == other.shape and other.abs().max() > 0
+            assert_close(one, other)
 
 
 def test_compiled_prompts_break_the_graph_and_are_read_dense() -> None:
