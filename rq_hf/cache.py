@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import os
+import weakref
 from dataclasses import fields
 from functools import partial
 from typing import Any
@@ -22,17 +23,18 @@ from transformers.cache_utils import (
 
 from rq_hf.attention import register
 from rq_hf.config import RotorQuantConfig
+from rq_hf.counting import count_memory
 from rq_hf.cropping import can_crop, crop_obstacle, holds_nothing
 from rq_hf.description import describe_layer
 from rq_hf.layers import RotorQuantLayer
-from rq_hf.memory import CacheMemory, reachable_tensors, storage_bytes
+from rq_hf.memory import CacheMemory
 from rq_hf.model_layers import make_layer, make_layers
+from rq_hf.noted import is_noted, refuse_noted, refuse_to_pack, wait_for_notes
 from rq_hf.validation import check_dtype, check_exact
 
 # the name can be set on a model as soon as there is a cache for it
 register()
 
-BF16_BYTES = 2
 _NOT_TAKEN_BACK = (
     "The layers before it hold these tokens already, and cannot give them back: reset() the cache "
     "and run the prompt again, do not crop it"
@@ -64,6 +66,7 @@ class RotorQuantCache(Cache):
     Attributes:
         quantization: How to store, resolved.
         exact_because: Why no layer of this model is packed; None if some are.
+        packs: Whether a layer has packed tokens in the pass under way.
 
     Example:
         >>> cache = RotorQuantCache(config=model.config, nbits=3)
@@ -83,6 +86,8 @@ class RotorQuantCache(Cache):
     ) -> None:
         self.quantization = _resolve(quantization, preset, settings)
         self._updates = 0
+        self._last_updated = 0
+        self.packs = False
         self.exact_because: str | None = None
         layers = None
         if config is not None:
@@ -113,7 +118,14 @@ class RotorQuantCache(Cache):
                 window that records its past keeps of it what its next query sees. Where that
                 cannot be done (without config, in a window of the host that is full, behind linear
                 attention) the message says that only `reset` helps.
+
+                A step of up to 32 tokens on a GPU may turn out to hold NaN or infinity after its
+                attention has run. The first layer of a later pass tells, before it stores anything:
+                the tokens from there on are taken back out of all layers, or the message says that
+                only `reset` helps. See `check_steps`.
         """
+        if not torch.compiler.is_compiling():
+            self._begin_pass(key_states, layer_idx)
         if self.layer_class_to_replicate is None and layer_idx >= len(self.layers):
             raise ValueError(
                 f"layer {layer_idx}: the cache was made for a model with {len(self.layers)} "
@@ -121,6 +133,7 @@ class RotorQuantCache(Cache):
             )
         held = len(self.layers)
         self._append_layers(layer_idx + 1)
+        self._hold(layer_idx)
         try:
             self._check_exact(key_states, value_states, layer_idx)
             states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
@@ -129,6 +142,7 @@ class RotorQuantCache(Cache):
             del self.layers[held:]
             if not taken_back:
                 raise ValueError(f"{error}. {_NOT_TAKEN_BACK}") from error
+            refuse_noted(self.layers, new_tokens=True)
             raise
         self._updates += 1
         if layer_idx + 1 == len(self.layers):
@@ -136,6 +150,53 @@ class RotorQuantCache(Cache):
             for layer in self.packed_layers:
                 layer.forget_before()
         return states
+
+    def _begin_pass(self, key_states: Tensor, layer_idx: int) -> None:
+        """Tells of earlier tokens that were not finite, where a pass begins.
+
+        Layers are updated in order, whichever of them a model leaves out.
+        """
+        if layer_idx <= self._last_updated:
+            self.packs = False
+            if is_noted(self.packed_layers):
+                # layers of linear attention are stored past this method
+                self._take_back(key_states, layer_idx)
+                refuse_noted(self.layers, new_tokens=True)
+        self._last_updated = layer_idx
+
+    def _hold(self, layer_idx: int) -> None:
+        """Lets a packed layer know of its cache.
+
+        By a weak reference, so that memory is free as soon as nobody has the cache.
+        """
+        layer = self.layers[layer_idx]
+        if isinstance(layer, RotorQuantLayer) and not torch.compiler.is_compiling():
+            layer.holder = weakref.ref(self)
+
+    def before_packing(self) -> None:
+        """Waits for what steps have noted: a layer is about to pack tokens.
+
+        Raises:
+            ValueError: A token of any layer is not finite; `update` takes it back.
+        """
+        if not self.packs:
+            refuse_to_pack(self.packed_layers)
+        # from here on the tokens of this pass are looked at at once
+        self.packs = True
+
+    def check_steps(self) -> None:
+        """Waits for the device, and looks at what kernels have noted of the steps so far.
+
+        Steps of up to 32 tokens on a GPU do not wait to learn whether their keys and values are
+        finite. The next pass tells of what is known by then; `save` and passes that pack tokens
+        wait for it.
+
+        Raises:
+            ValueError: A token is NaN or infinite. It was taken back with all that follow it, out
+                of all layers; or a layer cannot, and the message says that only `reset` helps.
+        """
+        wait_for_notes(self.packed_layers)
+        refuse_noted(self.layers, new_tokens=False)
 
     def _check_exact(self, key: Tensor, value: Tensor, layer_idx: int) -> None:
         """Refuses states that do not continue those of an exact layer, as packed layers do.
@@ -282,38 +343,16 @@ class RotorQuantCache(Cache):
     def memory(self) -> CacheMemory:
         """Counts the bytes of every storage that the cache holds."""
         self._settle()
-        packed: list[Any] = [layer for layer in self.packed_layers if layer.store is not None]
-        host = [layer for layer in self.layers if not isinstance(layer, RotorQuantLayer)]
-        host_tensors = reachable_tensors(host)
-        numbers = [_numbers(layer) for layer in packed]
-        stored = sum(all_numbers for _, all_numbers in numbers)
-        host_numbers = sum(t.numel() for t in host_tensors)
-        item_bytes = packed[0].dtype.itemsize if packed else BF16_BYTES
-        return CacheMemory(
-            packed_bytes=storage_bytes(t for x in packed for t in x.store.tiles.tensors),
-            exact_bytes=storage_bytes(t for x in packed for t in x.store.exact.tensors),
-            statistics_bytes=storage_bytes(
-                reachable_tensors(
-                    [
-                        (x.preconditioner, x.kept, x.statistics, x.padding)
-                        for x in self.packed_layers
-                    ]
-                )
-            ),
-            host_bytes=storage_bytes(host_tensors),
-            constant_bytes=storage_bytes(reachable_tensors([x.codec for x in packed])),
-            packed_numbers=sum(packed_numbers for packed_numbers, _ in numbers),
-            nominal_bits=_nominal_bits(packed),
-            dense_bytes=stored * item_bytes + storage_bytes(host_tensors),
-            dense_bf16_bytes=(stored + host_numbers) * BF16_BYTES,
-        )
+        return count_memory(self.layers)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the packed cache to a safetensors file, in one step; see `serialization`.
 
         Raises:
-            ValueError: A layer is of a kind that cannot be saved.
+            ValueError: A layer is of a kind that cannot be saved, or `check_steps` finds something.
+                Nothing is written then.
         """
+        self.check_steps()
         # loading imports this module
         from rq_hf.serialization import save_cache
 
@@ -377,21 +416,3 @@ def _may_hold(layer: Any, tokens: int) -> bool:
     if isinstance(layer, CacheLayerMixin):
         return layer.get_seq_length() == tokens
     return isinstance(layer, LinearAttentionCacheLayerMixin)
-
-
-def _numbers(layer: RotorQuantLayer) -> tuple[int, int]:
-    """Returns how many numbers a layer holds packed, and in all."""
-    assert layer.store is not None
-    batch, heads, _, head_dim = layer.store.exact.tensors[0].shape
-    a_token = 2 * batch * heads * head_dim
-    return layer.store.packed_length * a_token, layer.store.length * a_token
-
-
-def _nominal_bits(layers: list[Any]) -> float:
-    """Returns the bits a number by layout, averaged over the packed numbers."""
-    # while nothing is packed, layers count alike
-    weights = [_numbers(layer)[0] for layer in layers]
-    weights = weights if any(weights) else [1] * len(layers)
-    bits = [layer.codec.layout.nominal_bits for layer in layers]
-    total = sum(b * w for b, w in zip(bits, weights, strict=True))
-    return total / sum(weights) if layers else float("nan")

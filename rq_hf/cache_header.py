@@ -9,14 +9,62 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
+from torch import Tensor
+
 from rq_hf.config import RotorQuantConfig
 from rq_hf.quant.packing import TileLayout
 
 PACKED = "packed"
 MEANS = ("pre_mean", "post_mean", "balance", "value_mean")
+# names of states, before their numbers
+CONV, RECURRENT = "conv_states", "recurrent_states"
 
 # dtype, then shape
 Form = tuple[str | int | None, ...]
+
+
+def dtype_name(tensor: Tensor) -> str:
+    """Returns a dtype as in "bfloat16"."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def form_of(tensor: Tensor) -> tuple[str | int, ...]:
+    """Returns dtype and shape as the header has them."""
+    return (dtype_name(tensor), *tensor.shape)
+
+
+@dataclass(frozen=True)
+class LinearRecord:
+    """What a layer holds of linear attention, Mamba or convolutions; see `cache_linear`.
+
+    Attributes:
+        states: Of how many there is room for a convolution's and a recurrent one.
+        filled: Whether there have been tokens, for each of them.
+        kernels: How many states its convolution reads; None while there is none.
+        record_past: Whether more of them are kept, to be cropped.
+        forms: Dtype and shape of each tensor by its name.
+
+    Raises:
+        ValueError: No layer can hold this.
+    """
+
+    states: int
+    filled: list[bool]
+    kernels: list[int | None]
+    record_past: bool
+    forms: dict[str, list[str | int]]
+
+    def __post_init__(self) -> None:
+        numbers = range(self.states)
+        known = {f"{name}.{j}" for name in (CONV, RECURRENT) for j in numbers}
+        if not len(self.filled) == len(self.kernels) == self.states or self.forms.keys() - known:
+            raise ValueError(f"other states of linear attention than {self.states}")
+        for j, kernel in zip(numbers, self.kernels, strict=True):
+            form = self.forms.get(f"{CONV}.{j}", [None])
+            # one that records its past holds what it has met, which may be less or more
+            free = self.record_past and len(form) > 1 and kernel is not None
+            if not free and form[-1:] != [kernel]:
+                raise ValueError(f"a convolution over {kernel} states holds {form[-1:]}")
 
 
 @dataclass(frozen=True)
@@ -39,6 +87,7 @@ class LayerRecord:
         sliding_window: Window of a layer that has one.
         cumulative_length: Tokens that such a layer has seen.
         record_past: Whether it keeps more than its window, to be cropped.
+        linear: What it holds of linear attention; None for a layer of another kind.
     """
 
     kind: str
@@ -56,6 +105,20 @@ class LayerRecord:
     sliding_window: int | None = None
     cumulative_length: int = 0
     record_past: bool = False
+    linear: LinearRecord | None = None
+
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> LayerRecord:
+        """Returns the record with these entries of a header."""
+        linear = fields.get("linear")
+        return cls(**{**fields, "linear": None if linear is None else LinearRecord(**linear)})
+
+    def entries(self) -> dict[str, Any]:
+        """Returns what `of` reads; without `linear` where readers older than that need none."""
+        fields = asdict(self)
+        if self.linear is None:
+            del fields["linear"]
+        return fields
 
     @property
     def dropped(self) -> int:
@@ -70,6 +133,9 @@ class LayerRecord:
         if self.batch:
             exact = (self.dtype, *heads, self.sinks + self.tail, self.head_dim)
             yield "keys", exact
+        if self.linear is not None:
+            for name, form in self.linear.forms.items():
+                yield name, tuple(form)
         if layout is None:
             return
         tiles = -(-self.packed_length // layout.tile_length)
@@ -117,7 +183,7 @@ class Header:
 
     def to_json(self) -> str:
         """Returns the text that `parse` reads."""
-        return json.dumps(asdict(self))
+        return json.dumps({**asdict(self), "layers": [layer.entries() for layer in self.layers]})
 
     @classmethod
     def parse(cls, text: str) -> Header:
@@ -128,7 +194,7 @@ class Header:
         """
         try:
             fields = json.loads(text)
-            layers = [LayerRecord(**layer) for layer in fields["layers"]]
+            layers = [LayerRecord.of(layer) for layer in fields["layers"]]
             header = cls(**{**fields, "layers": layers})
             # settings are checked as they are made
             header.settings  # noqa: B018

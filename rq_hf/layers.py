@@ -14,7 +14,6 @@ from transformers.cache_utils import CacheLayerMixin
 from rq_hf.config import RotorQuantConfig
 from rq_hf.handle import Handle
 from rq_hf.ops import LayerView
-from rq_hf.packed_states import PackedStates
 from rq_hf.quant.rope import RopeTable
 from rq_hf.sources import PromptSource, ViewSource
 from rq_hf.validation import (
@@ -25,12 +24,10 @@ from rq_hf.validation import (
     check_unchanged,
     looks_at_once,
 )
-
-# up to so many new tokens are appended before attention, more are read beside the store
-_APPENDED_FIRST = 32
+from rq_hf.watched_states import APPENDED_FIRST, WatchedStates
 
 
-class RotorQuantLayer(PackedStates, CacheLayerMixin):
+class RotorQuantLayer(WatchedStates, CacheLayerMixin):
     """Stores the first tokens and the newest exactly, all others packed (see `storage`).
 
     `update` returns handles that attention reads packed (see `handle`), or dense tensors. A layer
@@ -57,7 +54,7 @@ class RotorQuantLayer(PackedStates, CacheLayerMixin):
         gives_handles: Callable[[], bool] = lambda: True,
         **kwargs: Any,
     ) -> None:
-        PackedStates.__init__(self, config, layer_idx, rope)
+        WatchedStates.__init__(self, config, layer_idx, rope)
         self.gives_handles = gives_handles
         self.calls: Counter[str] = Counter()
         self._pending: tuple[Tensor, Tensor] | None = None
@@ -88,13 +85,16 @@ class RotorQuantLayer(PackedStates, CacheLayerMixin):
 
         Raises:
             ValueError: The states cannot be stored here; the layer is as it was. NaN and infinity
-                are found at once, but for few new tokens on a GPU, which are looked at when the
-                first tokens of the tail are packed. The message then says how far to `crop`.
+                are found at once, but for up to 32 new tokens on a GPU, which kernels look at while
+                nobody waits: a later update tells of these, before anything behind them is packed,
+                and takes them back. Compiled steps are looked at when they are packed: the message
+                then says how far to `crop`.
         """
         self._check_form(key_states, value_states)
+        self.refuse_noted_alone()
         self.settle()
         self.prefetch()
-        self._check_numbers(key_states, value_states)
+        self.check_numbers(key_states, value_states)
         if value_states.dtype != key_states.dtype:
             # autocast leaves values in half precision beside float32 keys
             value_states = value_states.to(key_states.dtype)
@@ -128,22 +128,6 @@ class RotorQuantLayer(PackedStates, CacheLayerMixin):
         if self.kept is not None and self.preconditioner is None:
             check_kept(key, self.kept.balance, self.name)
 
-    def _check_numbers(self, key: Tensor, value: Tensor) -> None:
-        """Looks for NaN and infinity, in few tokens on a GPU only where it waits for more at once.
-
-        What is to be packed is looked at again, or for the first time.
-        """
-        tokens, store = key.shape[2], self.store
-        if store is None or store.length == 0:
-            check_finite(key, value, self.name)
-        elif self.leaving(tokens) > 0:
-            # sinks were looked at before the first tokens were packed
-            stored = store.exact.view(store.sinks if store.packed_length else 0)
-            end = self.get_seq_length()
-            check_finite(key, value, self.name, stored=stored, end=end)
-        elif tokens > _APPENDED_FIRST or looks_at_once(key.device):
-            check_finite(key, value, self.name, end=self.get_seq_length())
-
     def _take(self, key_states: Tensor, value_states: Tensor) -> PromptSource | ViewSource:
         """Stores new states, or leaves them pending until their queries are seen.
 
@@ -153,12 +137,13 @@ class RotorQuantLayer(PackedStates, CacheLayerMixin):
         key, value = key_states.detach(), value_states.detach()
         store, tokens, strict = self._store, key.shape[2], self.config.strict
         first = store.length == 0
-        large = tokens > _APPENDED_FIRST or (first and tokens > 1)
+        large = tokens > APPENDED_FIRST or (first and tokens > 1)
         waits = self.preconditioner is None and self.leaving(tokens) > 0
         if first and tokens > 1 and (waits or not strict):
             self._store_or_wait(key, value, waits)
             return PromptSource(key_states, value_states, self)
         if strict:
+            self.look(key, value)
             self.extend(key, value)
             return self._source(self.view(), tokens)
         if large:
@@ -167,6 +152,7 @@ class RotorQuantLayer(PackedStates, CacheLayerMixin):
             return self._source(view, tokens)
         if tokens == 1 and self._attention_may_store(key):
             return self._source(self._let_wait(key, value), tokens)
+        self.look(key, value)
         store.exact.append(key, value)
         view = self.view()
         try:
@@ -199,7 +185,7 @@ class RotorQuantLayer(PackedStates, CacheLayerMixin):
     def note_stored(self) -> None:
         """Takes note that the waiting token has been written behind the tail."""
         self._store.exact.length += 1
-        self._pending = None
+        self._pending, self.watch.unseen = None, False
 
     def _source(self, view: LayerView, tokens: int) -> ViewSource:
         return ViewSource(view, self, tokens, observed=self.preconditioner is None)
@@ -249,6 +235,7 @@ class RotorQuantLayer(PackedStates, CacheLayerMixin):
         key, value = self._pending
         offloaded = self._offloaded
         self.prefetch()
+        self.look(key, value)
         self.extend(key, value)
         self._pending = None
         if offloaded:
@@ -313,6 +300,7 @@ class RotorQuantLayer(PackedStates, CacheLayerMixin):
         self.forget()
         self.kept = kept if keep_statistics else None
         self._pending = None
+        self.watch.clear()
         self._offloaded = self.is_initialized = False
 
     def go_back_to_start(self) -> None:
@@ -322,12 +310,14 @@ class RotorQuantLayer(PackedStates, CacheLayerMixin):
     def go_back(self) -> None:
         """Puts back what there was before the last update, statistics included."""
         super().go_back()
-        self._pending = None
+        self._pending, self.watch.unseen = None, False
+        self.watch.forget(self.get_seq_length())
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drops the newest tokens; the packed ones that stay keep their codes bit for bit.
 
-        Statistics stay frozen as they are.
+        Statistics stay frozen as they are. What kernels have noted of tokens that go is forgotten;
+        on a GPU that waits for it.
 
         Args:
             tokens_to_remove: How many, as a number of at most 0 as `Cache.crop` passes it.
@@ -343,6 +333,9 @@ class RotorQuantLayer(PackedStates, CacheLayerMixin):
         else:
             self.forget_before()
             self.store.crop(-int(tokens_to_remove))
+            length = self.get_seq_length()
+            if self.watch.forget(length):
+                self.statistics.go_back(length)
 
     def check_crop(self, tokens_to_remove: int) -> None:
         """Refuses what `crop` cannot do.
@@ -394,6 +387,7 @@ class RotorQuantLayer(PackedStates, CacheLayerMixin):
         super().to(device)
         if self.store is not None:
             self.device = self.store.exact.tensors[0].device
+            self.watch.to(self.device)
 
     def offload(self) -> None:
         """Moves the buffers to the CPU."""

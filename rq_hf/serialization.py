@@ -12,6 +12,7 @@ anything that decoding needs is a new format (`cache_file.FORMAT`).
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, cache_utils
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from rq_hf import cache_file
 from rq_hf.cache import RotorQuantCache
 from rq_hf.cache_file import SAVE_AGAIN, Tensors
-from rq_hf.cache_header import MEANS, PACKED, Header, LayerRecord
+from rq_hf.cache_header import MEANS, PACKED, Header, LayerRecord, dtype_name, form_of
+from rq_hf.cache_linear import check_linear, describe_linear, fill_linear
+from rq_hf.cache_model import check_model
 from rq_hf.cache_probe import check_probes, make_codecs, make_probe, probe_name
 from rq_hf.config import RotorQuantConfig
 from rq_hf.layers import RotorQuantLayer
@@ -39,12 +42,18 @@ from rq_hf.storage import RowBuffer
 # is older transformers' way not to have it at all
 _HOST_KINDS: dict[str, Any] = {
     name: getattr(cache_utils, name)
-    for name in ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")
+    for name in (
+        "DynamicLayer",
+        "DynamicSlidingWindowLayer",
+        "LinearAttentionLayer",
+        "LinearAttentionAndFullAttentionLayer",
+        "LinearAttentionAndSlidingWindowAttentionLayer",
+        "DummyLayer",
+    )
     if hasattr(cache_utils, name)
 }
 # of statistics that were kept from an earlier prompt
 _KEPT = "kept_"
-_OTHER_MODEL = "this is another model's cache: load it with the config of the model that filled it"
 
 
 def save_cache(cache: RotorQuantCache, path: str | os.PathLike[str]) -> None:
@@ -55,7 +64,8 @@ def save_cache(cache: RotorQuantCache, path: str | os.PathLike[str]) -> None:
     packed without them.
 
     Args:
-        cache: The cache; its layers may be packed, `DynamicLayer` or `DynamicSlidingWindowLayer`.
+        cache: The cache; its layers may be packed, or the host's that grow or hold states of
+            linear attention, Mamba and convolutions.
         path: Where to; an existing file is replaced.
 
     Raises:
@@ -94,6 +104,8 @@ def load_cache(
         try:
             header = Header.parse(text)
             cache = _make_cache(header, config)
+            for layer, record in zip(cache.layers, header.layers, strict=True):
+                check_linear(layer, record)
             codecs = make_codecs(header)
             _check_tensors(header, codecs, tensors)
             check_probes(codecs, tensors)
@@ -135,8 +147,8 @@ def _describe(index: int, layer: Any, ropes: list[RopeTable]) -> tuple[LayerReco
     if type(layer) in _HOST_KINDS.values():
         return _describe_host(layer)
     raise ValueError(
-        f"layer {index} is a {type(layer).__name__}, whose state cannot be saved; packed layers, "
-        f"{' and '.join(_HOST_KINDS)} can. Keep the text, and run the prompt again"
+        f"layer {index} is a {type(layer).__name__}, whose state cannot be saved; packed layers "
+        f"can, and {', '.join(_HOST_KINDS)}. Keep the text, and run the prompt again"
     )
 
 
@@ -178,7 +190,7 @@ def _describe_packed(layer: RotorQuantLayer, ropes: list[RopeTable]) -> tuple[La
     record = LayerRecord(
         PACKED,
         tensors=list(own),
-        dtype=_dtype_name(keys),
+        dtype=dtype_name(keys),
         batch=keys.shape[0],
         kv_heads=keys.shape[1],
         head_dim=keys.shape[3],
@@ -212,27 +224,25 @@ def _describe_window(layer: Any) -> dict[str, Any]:
 
 
 def _describe_host(layer: Any) -> tuple[LayerRecord, Tensors]:
-    sliding = _describe_window(layer)
+    linear, own = describe_linear(layer)
+    facts: dict[str, Any] = {**_describe_window(layer), "linear": linear}
     keys, values = (getattr(layer, name, None) for name in ("keys", "values"))
     if keys is None or values is None:
-        return LayerRecord(type(layer).__name__, **sliding), {}
+        return LayerRecord(type(layer).__name__, tensors=list(own), **facts), own
+    own = {"keys": keys, "values": values, **own}
     # before its first states the layer holds tensors of one dimension
     batch, heads, tokens, head_dim = keys.shape if keys.dim() == 4 else (0, 0, 0, 0)
     record = LayerRecord(
         type(layer).__name__,
-        tensors=["keys", "values"],
-        dtype=_dtype_name(keys),
+        tensors=list(own),
+        dtype=dtype_name(keys),
         batch=batch,
         kv_heads=heads,
         head_dim=head_dim,
         tail=tokens,
-        **sliding,
+        **facts,
     )
-    return record, {"keys": keys, "values": values}
-
-
-def _dtype_name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+    return record, own
 
 
 def _index_of(table: RopeTable | None, tables: list[RopeTable]) -> int | None:
@@ -273,27 +283,29 @@ def _check_tensors(header: Header, codecs: dict[str, TileCodec], tensors: Tensor
             full = f"layers.{i}.{name}"
             expected.add(full)
             tensor = tensors.get(full)
-            if tensor is None or forms.get(name) not in (None, _form(tensor)):
+            if tensor is None or forms.get(name) not in (None, form_of(tensor)):
                 raise ValueError(
-                    f"{full} is {None if tensor is None else _form(tensor)}, the header says "
+                    f"{full} is {None if tensor is None else form_of(tensor)}, the header says "
                     f"{forms.get(name)}; {SAVE_AGAIN}"
                 )
     if expected != set(tensors):
         raise ValueError(f"there are tensors that the header does not list; {SAVE_AGAIN}")
 
 
-def _form(tensor: Tensor) -> tuple[str | int, ...]:
-    return (_dtype_name(tensor), *tensor.shape)
-
-
 def _make_cache(header: Header, config: PreTrainedConfig | None) -> RotorQuantCache:
     """Returns a cache of empty layers: those of the model, or those that the header describes."""
     if config is not None:
         cache = RotorQuantCache(config=config, quantization=header.settings)
-        _check_model(header, cache, config)
+        check_model(header, cache, config)
         return cache
     cache = RotorQuantCache(quantization=header.settings)
     cache.layers = [_make_layer(i, x, header.settings) for i, x in enumerate(header.layers)]
+    # what reset() puts in place of them
+    cache._empty_layers = {
+        i: copy.deepcopy(layer)
+        for i, layer in enumerate(cache.layers)
+        if not isinstance(layer, RotorQuantLayer)
+    }
     if not header.grows:
         cache.layer_class_to_replicate = None
     return cache
@@ -307,53 +319,19 @@ def _make_layer(index: int, record: LayerRecord, settings: RotorQuantConfig) -> 
         return make_layer(settings, index, sliding_window=window)
     if record.kind not in _HOST_KINDS:
         raise ValueError(f"layer {index} is of an unknown kind, {record.kind!r}")
-    return _HOST_KINDS[record.kind](**({} if window is None else {"sliding_window": window}))
-
-
-def _check_model(header: Header, cache: RotorQuantCache, config: PreTrainedConfig) -> None:
-    """Refuses a cache whose layers are not this model's."""
-    held, told = len(header.layers), len(cache.layers)
-    if held != told:
-        raise ValueError(f"the file holds {held} layers, the model has {told}; {_OTHER_MODEL}")
-    for i, (record, layer) in enumerate(zip(header.layers, cache.layers, strict=True)):
-        # a config of such a model does not tell the sizes of all its layers
-        sized = cache.exact_because is None
-        for name, mine, models in _facts(record, layer, _layer_config(config, i), sized):
-            if mine != models:
-                raise ValueError(
-                    f"the {name} of layer {i} is {mine}, the model's is {models}; {_OTHER_MODEL}"
-                )
-
-
-def _facts(record: LayerRecord, layer: Any, config: Any, sized: bool) -> list[tuple[str, Any, Any]]:
-    """Returns what a layer and the model have to agree in: name, the layer's, the model's."""
-    kind = PACKED if isinstance(layer, RotorQuantLayer) else type(layer).__name__
-    window = getattr(layer, "sliding_window", None)
-    facts = [("kind", record.kind, kind), ("window", record.sliding_window, window)]
-    if sized and record.batch and record.kind != DynamicLayer.__name__:
-        sizes = {"num_key_value_heads": record.kv_heads, "head_dim": record.head_dim}
-        for name, size in sizes.items():
-            models = getattr(config, name, None)
-            # where a config does not say, the first update does
-            facts.append((name, size, models if isinstance(models, int) else size))
-    return facts
-
-
-def _layer_config(config: PreTrainedConfig, index: int) -> Any:
-    """Returns the config of one decoder layer, where layers may differ."""
-    decoder = config.get_text_config(decoder=True)
-    try:
-        return decoder.per_layer_config[index]
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-        # models older than that describe all layers by one config
-        return decoder
+    options = {} if window is None else {"sliding_window": window}
+    if record.linear is not None:
+        options["number_of_states"] = record.linear.states
+    return _HOST_KINDS[record.kind](**options)
 
 
 def _fill(layer: Any, record: LayerRecord, own: Tensors, ropes: list[RopeTable]) -> None:
     if record.kind == PACKED:
         _fill_packed(layer, record, own, ropes)
         return
-    if own:
+    if record.linear is not None:
+        fill_linear(layer, record.linear, own)
+    if "keys" in own:
         layer.lazy_initialization(own["keys"], own["values"])
         layer.keys, layer.values = own["keys"], own["values"]
     if record.sliding_window is not None:

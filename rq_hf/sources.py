@@ -93,6 +93,7 @@ class ViewSource:
             softcap=softcap,
             sinks=sinks,
             stores_newest=stores,
+            not_finite=self.layer.watch.by_attention() if stores else None,
         )
         if stores:
             self.layer.note_stored()

@@ -9,6 +9,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+# steps whose tokens may still have to be taken back, as far as their memory is worth it
+_MOST_MARKS = 16
+
 
 class QueryStatistics:
     """Mean square of the queries by channel, and the left padding of each sequence."""
@@ -17,6 +20,34 @@ class QueryStatistics:
         self.total: Tensor | None = None
         self.count: Tensor | None = None
         self.padding: Tensor | None = None
+        self._marks: list[tuple[int, Tensor | None, Tensor | None, Tensor | None]] = []
+
+    def mark(self, length: int) -> None:
+        """Notes what is known when there are `length` tokens, for `go_back`."""
+        self._unmark(length)
+        self._marks.append((length, self.total, self.count, self.padding))
+        del self._marks[:-_MOST_MARKS]
+
+    def go_back(self, length: int) -> None:
+        """Forgets queries of tokens behind the first `length`, back to the oldest mark.
+
+        Where no mark is old enough and queries were not finite, all so far are forgotten. Waits for
+        the device then.
+        """
+        oldest = self._marks[0] if self._marks else None
+        self._unmark(length + 1)
+        mark = self._marks[-1] if self._marks else oldest
+        if mark is not None:
+            _, self.total, self.count, self.padding = mark
+        if self._marks:
+            return
+        if self.total is not None and not bool(torch.isfinite(self.total).all()):
+            self.total = self.count = None
+
+    def _unmark(self, length: int) -> None:
+        """Forgets the marks of `length` tokens and more."""
+        while self._marks and self._marks[-1][0] >= length:
+            self._marks.pop()
 
     @property
     def power(self) -> Tensor | None:
@@ -47,7 +78,8 @@ class QueryStatistics:
         self.padding = torch.where(padding == before, padding + count, padding)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Applies `function` to every tensor, all batch first."""
+        """Applies `function` to every tensor, all batch first; what was marked is forgotten."""
+        self._marks.clear()
         for name in ("total", "count", "padding"):
             tensor = getattr(self, name)
             if tensor is not None:
@@ -84,10 +116,11 @@ _last: tuple[weakref.ref[Tensor], int, int, Tensor | None] | None = None
 
 
 def _padding_of_mask(mask: Tensor, before: int) -> Tensor | None:
-    itself = mask[:, 0, :, before:].diagonal(dim1=-2, dim2=-1)
+    itself = mask[:, :, :, before:].diagonal(dim1=-2, dim2=-1)
     if itself.dtype != torch.bool:
         itself = itself > torch.finfo(itself.dtype).min / 2
-    return _leading(~itself)
+    # what one head alone does not see is no padding
+    return _leading(~itself.any(1))
 
 
 def padding_of_weights(weights: Tensor) -> Tensor | None:

@@ -185,6 +185,31 @@ def check_finite(
             )
 
 
+def late_error(
+    layer: str, token: int, back: int, obstacle: str | None, new_tokens: bool
+) -> ValueError:
+    """Returns what to raise where kernels have found a stored token that is not finite.
+
+    Args:
+        layer: Name of the layer for the message.
+        token: Index of the token in the sequence.
+        back: How many tokens there are from it on.
+        obstacle: Why these could not be taken back, and what to do; None if they were.
+        new_tokens: Whether others were to be stored.
+    """
+    found = (
+        f"{layer}: keys or values of token {token} are NaN or infinite, which was found after its "
+        "attention had run"
+    )
+    stored = " The new tokens were not stored." if new_tokens else ""
+    if obstacle is None:
+        taken = f"the last {back} tokens were" if back > 1 else "it was"
+        done = f"The cache is as it was before: {taken} taken back."
+    else:
+        done = f"It is stored still, and of no use with what follows it: {obstacle}."
+    return ValueError(f"{found}. {done}{stored} Look at the model's inputs, weights and dtype")
+
+
 def _all_finite(*states: Tensor) -> bool:
     # the largest absolute number passes NaN on, and takes no memory
     norm = torch.linalg.vector_norm

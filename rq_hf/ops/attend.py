@@ -57,6 +57,7 @@ def attend_with(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     stores_newest: bool = False,
+    not_finite: Tensor | None = None,
 ) -> Tensor:
     """See `attend`: for callers who know from `chooses_triton` whether `kernels` run.
 
@@ -64,10 +65,13 @@ def attend_with(
         stores_newest: The last of two pieces of recent rows is a single token, and the rows of the
             first are part of a buffer with room for it: kernels, which read it anyway, write it
             there, behind them.
+        not_finite: Where they then note that it is NaN or infinite, int32, one number, see
+            `rq_hf.ops.look`; None: nowhere.
     """
     _check(query, view, mask, sinks)
-    assert kernels or not stores_newest
-    return _attend(kernels, query, view, scale, mask, causal, softcap, sinks, stores_newest)
+    assert (kernels or not stores_newest) and (stores_newest or not_finite is None)
+    stored = (stores_newest, not_finite)
+    return _attend(kernels, query, view, scale, mask, causal, softcap, sinks, *stored)
 
 
 def _attend(
@@ -80,12 +84,13 @@ def _attend(
     softcap: float | None,
     sinks: Tensor | None,
     stores_newest: bool = False,
+    not_finite: Tensor | None = None,
 ) -> Tensor:
     run: Callable[..., Tensor] = reference.attend
     if kernels:
         from rq_hf.ops.triton.attend import attend as by_kernels
 
-        run = partial(by_kernels, stores_newest=stores_newest)
+        run = partial(by_kernels, stores_newest=stores_newest, not_finite=not_finite)
     # which tokens are the newest is known to the host alone
     if view.counts is not None and (not kernels or (causal and query.shape[2] > 1)):
         view = view.counted()

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Any sequence of calls, with any settings, reads as the oracle's dense rows.
 
+Every other layer does as where kernels run (see `support.waiting`): a single token waits for its
+attention, which writes it behind the tail.
+
 `RQ_HF_EXAMPLES=5000` tries that many sequences, others at each run, in place of the few that are
 the same always.
 """
@@ -11,14 +14,17 @@ import copy
 import os
 import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from support.oracle import OracleLayer
+from support.waiting import kernels_by_torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -32,6 +38,8 @@ from rq_hf.sliding import RotorQuantSlidingLayer
 EXAMPLES = os.environ.get("RQ_HF_EXAMPLES")
 LONGEST = 800  # tokens that a sequence grows to
 LARGEST_BATCH = 4
+# tokens of which some are packed, whatever the settings
+FIRST = 280
 # longer than any tail
 WINDOWS = st.sampled_from([None, None, 130, 161, 300])
 DROPPED_AT_ONCE = 128
@@ -59,6 +67,8 @@ SEEDS = st.integers(0, 2**31)
 QUERIED = st.sampled_from([True, True, False])
 # whether the rows are left unread after a call, so that the next one meets pending states
 BLIND = st.sampled_from([False, False, True])
+# whether a token has come right before a call, of which no attention has stored it yet
+WAITING = st.booleans()
 
 
 def causal_mask(new: int, total: int, padding: Tensor | None, window: int | None) -> Tensor:
@@ -66,6 +76,27 @@ def causal_mask(new: int, total: int, padding: Tensor | None, window: int | None
     index, own = torch.arange(total), torch.arange(total - new, total)[:, None]
     mask = ((index <= own) & (index > own - (window or total)))[None, None]
     return mask if padding is None else mask & (index >= padding[:, None, None, None])
+
+
+class Asked(NamedTuple):
+    """Attention that is yet to come, or to come once more.
+
+    Attributes:
+        returned: Handles of keys and values.
+        query: Their queries.
+        mask: What these see.
+        expected: The oracle's keys and values.
+    """
+
+    returned: tuple[Tensor, Tensor]
+    query: Tensor
+    mask: Tensor
+    expected: tuple[Tensor, Tensor]
+
+    def attend(self) -> Tensor:
+        return F.scaled_dot_product_attention(
+            self.query, *self.returned, self.mask, enable_gqa=True
+        )
 
 
 class CacheMachine(RuleBasedStateMachine):
@@ -79,6 +110,8 @@ class CacheMachine(RuleBasedStateMachine):
         dtype=st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16]),
         biased=st.booleans(),
         interleaved=st.sampled_from([False, True, None]),
+        as_kernels=st.sampled_from([True, False]),
+        batch=st.integers(1, 3),
         seed=SEEDS,
     )
     def start(
@@ -90,8 +123,14 @@ class CacheMachine(RuleBasedStateMachine):
         dtype: torch.dtype,
         biased: bool,
         interleaved: bool | None,
+        as_kernels: bool,
+        batch: int,
         seed: int,
     ) -> None:
+        self.at_the_end = ExitStack()
+        if as_kernels:
+            config = replace(config, impl="triton", path="auto", strict=False)
+            self.at_the_end.enter_context(kernels_by_torch())
         self.window, self.dtype = window, dtype
         self.head_dim, self.heads, self.group = head_dim, *heads
         inv_freq = 100.0 ** -torch.linspace(0, 1, head_dim // 2)
@@ -113,7 +152,11 @@ class CacheMachine(RuleBasedStateMachine):
         # those of an earlier prompt
         self.kept: dict[str, Tensor] | None = None
         self.handles: tuple[Any, tuple[Tensor, Tensor], int] | None = None
+        self.asked: list[Asked] = []
         self.copies: list[tuple[RotorQuantCache, Tensor | None, Tensor | None]] = []
+        if as_kernels:
+            # tokens wait once some are packed
+            self.update(FIRST, batch, True, 0, seed, True)
 
     @property
     def layer(self) -> RotorQuantLayer:
@@ -139,12 +182,25 @@ class CacheMachine(RuleBasedStateMachine):
         self.update(count, batch, queried, padding, seed, blind)
 
     @precondition(lambda self: self.length)
-    @rule(count=st.sampled_from([1, 1, 2, 33, 130]), queried=QUERIED, seed=SEEDS, blind=BLIND)
-    def step(self, count: int, queried: bool, seed: int, blind: bool) -> None:
-        self.update(count, self.batch, queried, 0, seed, blind)
+    @rule(
+        count=st.sampled_from([1, 1, 1, 2, 33, 130]),
+        queried=QUERIED,
+        late=st.booleans(),
+        seed=SEEDS,
+        blind=BLIND,
+    )
+    def step(self, count: int, queried: bool, late: bool, seed: int, blind: bool) -> None:
+        self.update(count, self.batch, queried, 0, seed, blind, late)
 
     def update(
-        self, count: int, batch: int, queried: bool, padding: int, seed: int, blind: bool
+        self,
+        count: int,
+        batch: int,
+        queried: bool,
+        padding: int,
+        seed: int,
+        blind: bool,
+        late: bool = False,
     ) -> None:
         start = self.length
         count = min(count, LONGEST - start)
@@ -161,22 +217,92 @@ class CacheMachine(RuleBasedStateMachine):
         offset = self.check_mask_sizes(count)
         returned = self.cache.update(key, value, 0)
         assert returned[0].shape[2] == start + count - offset
-        answer = None
-        if queried and isinstance(returned[0], Handle):
-            shape = (self.batch, self.heads * self.group, count, self.head_dim)
-            query = torch.randn(shape, generator=generator).to(self.dtype)
-            mask = causal_mask(count, start + count, self.padding, self.window)[..., offset:]
+        answer, handles = None, isinstance(returned[0], Handle)
+        shape = (self.batch, self.heads * self.group, count, self.head_dim)
+        query = torch.randn(shape, generator=generator).to(self.dtype)
+        mask = causal_mask(count, start + count, self.padding, self.window)[..., offset:]
+        # queries that are to be observed never come later
+        late = late and handles and not getattr(returned[0].source, "observed", True)
+        if queried and handles and not late:
             answer = F.scaled_dot_product_attention(query, *returned, mask, enable_gqa=True)
         self.take_statistics()
         key, value = self.oracle.update(key, value)
         expected = (key[:, :, offset:], value[:, :, offset:])
         self.check_handles()
-        if answer is not None:
+        if late:
+            self.asked.append(Asked(returned, query, mask, expected))
+        elif answer is not None:
             self.check_attention(answer, query, expected, mask)
             self.handles = (returned, expected, self.length)
         elif not isinstance(returned[0], Handle) and (start or not self.config.strict):
             self.assert_rows(returned, expected)
+        self.check(blind or late)
+
+    @precondition(lambda self: self.length)
+    @rule(
+        brim=st.booleans(),
+        count=st.integers(1, 3),
+        order=st.lists(st.integers(0, 2), max_size=2),
+        again=st.booleans(),
+        seed=SEEDS,
+        blind=BLIND,
+    )
+    def late_steps(
+        self, brim: bool, count: int, order: list[int], again: bool, seed: int, blind: bool
+    ) -> None:
+        """Single tokens; the attention of some comes in any order while the last one waits.
+
+        From the brim of the tail on, the first of them is one with which a tile leaves it.
+        """
+        tile = self.oracle.codec.layout.tile_length
+        exact = self.config.sink_length + self.config.residual_length
+        to_brim = (exact - self.length - 1) % tile if brim else 0
+        if to_brim:
+            self.update(to_brim, self.batch, True, 0, seed, True)
+        for number in range(count):
+            self.update(1, self.batch, True, 0, seed + number, True, late=True)
+        for which in order:
+            if self.asked:
+                self.attend_late(which, again, blind)
+
+    def let_wait(self, waiting: bool) -> None:
+        """Stores a token, if one is wanted, and lets its attention come later."""
+        if waiting and self.length:
+            self.update(1, self.batch, True, 0, self.length, True, late=True)
+
+    @precondition(lambda self: self.asked)
+    @rule(which=st.integers(0, 3), again=st.booleans(), blind=BLIND)
+    def attend_late(self, which: int, again: bool, blind: bool) -> None:
+        """After other calls, or for a second time: handles read what was there at their update."""
+        asked = self.asked.pop(-1 - which % len(self.asked))
+        self.check_attention(asked.attend(), asked.query, asked.expected, asked.mask)
+        if again:
+            self.asked.append(asked)
         self.check(blind)
+
+    @precondition(lambda self: self.length)
+    @rule(kind=st.sampled_from(["describe", "memory", "copy", "decode"]), waiting=WAITING)
+    def look(self, kind: str, waiting: bool) -> None:
+        """What changes nothing."""
+        self.let_wait(waiting)
+        if kind == "describe":
+            assert "layer 0" in self.cache.describe()
+        elif kind == "memory":
+            assert self.cache.memory().packed_bytes >= 0
+        elif kind == "copy":
+            self.look_at_a_copy()
+        elif self.asked:
+            self.asked[-1].returned[0].dense()
+        self.check(True)
+
+    def look_at_a_copy(self) -> None:
+        self.take_statistics()
+        if self.means is None:
+            # the copy would measure its own
+            return
+        layer = copy.deepcopy(self.cache).layers[0]
+        rows = (layer.keys, layer.values)
+        self.assert_rows(rows, [x[:, :, self.dropped :] for x in self.oracle.read()])
 
     def check_mask_sizes(self, count: int) -> int:
         """Returns where the keys that `count` new tokens will see begin."""
@@ -229,11 +355,14 @@ class CacheMachine(RuleBasedStateMachine):
             self.handles = None
 
     @precondition(lambda self: self.length)
-    @rule(removed=st.one_of(st.integers(1, 5), st.integers(1, 300)), blind=BLIND)
-    def crop(self, removed: int, blind: bool) -> None:
-        self.handles = None
+    @rule(removed=st.one_of(st.integers(1, 5), st.integers(1, 300)), waiting=WAITING, blind=BLIND)
+    def crop(self, removed: int, waiting: bool, blind: bool) -> None:
+        self.let_wait(waiting)
+        self.handles, self.asked = None, []
         left = self.length - removed
-        self.layer.settle()
+        if self.layer.preconditioner is None:
+            # a prompt that waits would be packed in between
+            self.layer.settle()
         if self.window and left > 0 and self.dropped > max(0, left - self.window + 1):
             self.assert_refused(removed)
             return
@@ -296,10 +425,17 @@ class CacheMachine(RuleBasedStateMachine):
         # the host's own reset keeps tokens of zeros in some versions
         self.oracle = OracleLayer(self.config)
         self.padding = self.means = self.handles = None
+        self.asked = []
 
     @precondition(lambda self: self.length)
-    @rule(data=st.data(), kind=st.sampled_from(["reorder", "select", "mask"]), blind=BLIND)
-    def pick(self, data: st.DataObject, kind: str, blind: bool) -> None:
+    @rule(
+        data=st.data(),
+        kind=st.sampled_from(["reorder", "select", "mask"]),
+        waiting=WAITING,
+        blind=BLIND,
+    )
+    def pick(self, data: st.DataObject, kind: str, waiting: bool, blind: bool) -> None:
+        self.let_wait(waiting)
         rows = st.integers(0, self.batch - 1)
         if kind == "mask":
             index = torch.zeros(self.batch, dtype=torch.bool)
@@ -316,8 +452,9 @@ class CacheMachine(RuleBasedStateMachine):
         self.check(blind)
 
     @precondition(lambda self: self.length and self.batch <= LARGEST_BATCH // 2)
-    @rule(blind=BLIND)
-    def repeat(self, blind: bool) -> None:
+    @rule(waiting=WAITING, blind=BLIND)
+    def repeat(self, waiting: bool, blind: bool) -> None:
+        self.let_wait(waiting)
         for each in (self.cache, self.oracle):
             each.batch_repeat_interleave(2)
         self.follow(lambda x: x.repeat_interleave(2, 0))
@@ -335,10 +472,11 @@ class CacheMachine(RuleBasedStateMachine):
             self.means = {name: function(mean) for name, mean in self.means.items()}
         self.padding = None if self.padding is None else function(self.padding)
         self.batch = len(function(torch.zeros(self.batch)))
-        self.handles = None
+        self.handles, self.asked = None, []
 
-    @rule(blind=BLIND, go_on=st.booleans())
-    def save_and_load(self, blind: bool, go_on: bool) -> None:
+    @rule(waiting=WAITING, blind=BLIND, go_on=st.booleans())
+    def save_and_load(self, waiting: bool, blind: bool, go_on: bool) -> None:
+        self.let_wait(waiting)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "cache"
             save_cache(self.cache, path)
@@ -353,16 +491,18 @@ class CacheMachine(RuleBasedStateMachine):
         self.check(blind)
 
     @precondition(lambda self: len(self.copies) < 3)
-    @rule(blind=BLIND)
-    def go_on_with_a_copy(self, blind: bool) -> None:
+    @rule(waiting=WAITING, blind=BLIND)
+    def go_on_with_a_copy(self, waiting: bool, blind: bool) -> None:
+        self.let_wait(waiting)
         original, self.cache = self.cache, copy.deepcopy(self.cache)
         layer = original.layers[0]
         clones = (None if x is None else x.clone() for x in (layer.keys, layer.values))
         self.copies.append((original, *clones))
         self.check(blind)
 
-    @rule(fetch=st.booleans(), blind=BLIND)
-    def offload(self, fetch: bool, blind: bool) -> None:
+    @rule(fetch=st.booleans(), waiting=WAITING, blind=BLIND)
+    def offload(self, fetch: bool, waiting: bool, blind: bool) -> None:
+        self.let_wait(waiting)
         self.layer.offload()
         if fetch:
             self.layer.prefetch()
@@ -411,6 +551,10 @@ class CacheMachine(RuleBasedStateMachine):
             torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
     def teardown(self) -> None:
+        with getattr(self, "at_the_end", ExitStack()):
+            self.check_copies()
+
+    def check_copies(self) -> None:
         for original, *clones in getattr(self, "copies", []):
             layer = original.layers[0]
             for mine, clone in zip((layer.keys, layer.values), clones, strict=True):
@@ -418,7 +562,7 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 CacheMachine.TestCase.settings = settings(
-    max_examples=int(EXAMPLES or 120),
+    max_examples=int(EXAMPLES or 90),
     stateful_step_count=30,
     derandomize=EXAMPLES is None,
     deadline=None,

@@ -433,15 +433,6 @@ def test_another_window_is_refused(tmp_path: Path) -> None:
         load_cache(tmp_path / "cache", config_of("gemma3", sliding_window=64))
 
 
-def test_states_of_linear_attention_are_not_saved(tmp_path: Path) -> None:
-    model = make_model("qwen3-next")
-    cache = RotorQuantCache(config=model.config)
-    run(model, cache, make_tokens(10))
-    with pytest.raises(ValueError, match=r"layer 0 is a LinearAttentionLayer, .* cannot be saved"):
-        save_cache(cache, tmp_path / "cache")
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_latent_attention_is_saved_as_it_is(tmp_path: Path) -> None:
     model = make_model("deepseek-v2")
     with pytest.warns(UserWarning, match="latent attention"):

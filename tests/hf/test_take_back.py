@@ -28,8 +28,8 @@ from rq_hf import RotorQuantCache
 
 
 @pytest.fixture(autouse=True)
-def waiting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    let_few_tokens_wait(request, monkeypatch)
+def waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    let_few_tokens_wait(monkeypatch)
 
 
 @contextmanager

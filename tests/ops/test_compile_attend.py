@@ -66,6 +66,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         **{"D": 128, "DP": 128, "SKETCH": False, "HAS_LOW": False},
     },
     "combine": {**PARTS, "D": 128, "DP": 128, "PACKED": True, "HAS_LOW": False},
+    "look_kernel": {"D": 128, "DP": 128, "ROWS": 8},
 }
 TWO = {"KEY_BITS": 2, "VALUE_BITS": 2}
 FOUR = {"KEY_BITS": 4, "VALUE_BITS": 4, "T": 64}
@@ -122,14 +123,26 @@ VARIANTS: dict[str, Variant] = {
         {**WIDE_ROWS, **ALL_ON, "D": 192, "PAIRS": 128, "SKETCH": True},
         {90: 928, 80: 904},
     ),
+    "look": Variant("look_kernel", {}, {90: 0, 80: 0}),
 }
 FLOATS = {"score_factor", "cap", "key_step", "value_step"}
 POINTERS = {
     "fp16": {"SCALES", "ROPE", "KEY_ROTATION", "VALUE_ROTATION", "SKETCHED", "TERMS", "SLOW_COEF"},
-    "bf16": {"QUERY", "SINK_KEY", "SINK_VALUE", "KEY0", "VALUE0", "KEY1", "VALUE1", "OUT"},
+    "bf16": {
+        "KEY",
+        "VALUE",
+        "QUERY",
+        "SINK_KEY",
+        "SINK_VALUE",
+        "KEY0",
+        "VALUE0",
+        "KEY1",
+        "VALUE1",
+        "OUT",
+    },
     "i1": {"MASK"},
     "i8": {"ROWS8"},
-    "i32": {"RECORDS", "COUNTS"},
+    "i32": {"RECORDS", "COUNTS", "NOT_FINITE"},
     "i64": {"PADDING"},
 }
 ALIGNED_STRIDE = re.compile(r"(record|scale|query|sink)_(batch|head|query)|(batch|head)[01]")
@@ -146,6 +159,7 @@ def compile_variant(variant: Variant, capability: int) -> Any:
     from rq_hf.ops.triton.attend_plain import attend_plain
     from rq_hf.ops.triton.attend_tiles import attend_tiles
     from rq_hf.ops.triton.combine import combine
+    from rq_hf.ops.triton.look import look_kernel
     from rq_hf.ops.triton.prepare import prepare
 
     constants = {**DEFAULTS[variant.kernel], **variant.constants}
@@ -155,10 +169,11 @@ def compile_variant(variant: Variant, capability: int) -> Any:
         "attend_plain": (attend_plain, 8 if wide else 4),
         "prepare": (prepare, 8),
         "combine": (combine, 8 if wide else 4),
+        "look_kernel": (look_kernel, 4),
     }[variant.kernel]
     if kernel is prepare:
-        constants.update(COMPUTE=tl.bfloat16, STORED=True)
-    if kernel is not attend_plain:
+        constants.update(COMPUTE=tl.bfloat16, STORED=True, NOTED=True)
+    if kernel not in (attend_plain, look_kernel):
         # as `launching.chains`
         constants["CHAINED"] = capability >= 90
     names = list(kernel.arg_names)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rq_hf.ops import ExactRows, LayerView
 from rq_hf.ops.attend import attend_with
+from rq_hf.ops.look import place_in
 
 pytest.importorskip("triton")
 
@@ -64,6 +65,44 @@ def test_writes_the_token_behind_the_tail(
             assert torch.equal(buffer[:, :, :at], old[:, :, :at])
             assert (buffer[:, :, at + 1 :] == -7).all()
             buffer[:, :, at] = -7
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize(
+    ("which", "batch", "head", "spoilt", "group"),
+    [
+        (0, 0, 0, float("nan"), 1),
+        (1, 1, 1, float("-inf"), 1),
+        # several programs of a head note the same
+        (0, 1, 0, float("inf"), 20),
+    ],
+)
+def test_notes_a_token_that_is_not_finite(
+    head_dim: int, which: int, batch: int, head: int, spoilt: float, group: int
+) -> None:
+    view = make_view(60, head_dim, place(head_dim))
+    tail, keys, values = with_room(view.recent[0])
+    fresh = newest(view, view.length)
+    good = replace(view, recent=(tail, fresh))
+    query = make_query(view, group, 1)
+    number = torch.zeros(1, dtype=torch.int32, device=keys.device)
+
+    def attend(offset: int = 0, **options: Tensor) -> Tensor:
+        each = replace(good, offset=offset)
+        return attend_with(True, query, each, scale=0.1, stores_newest=True, **options)
+
+    plain = attend()
+    assert torch.equal(attend(not_finite=number), plain)
+    assert place_in(int(number)) is None
+    (fresh.keys, fresh.values)[which][batch, head, 0, head_dim - 1] = spoilt
+    attend()
+    assert place_in(int(number)) is None
+    # a window has dropped tokens before the view's first
+    for offset, noted in ((256, 316), (128, 188), (384, 188), (0, 60)):
+        attend(offset, not_finite=number)
+        assert place_in(int(number)) == noted
+    written = (keys, values)[which][batch, head, tail.keys.shape[2]]
+    assert not bool(written.isfinite().all())
 
 
 def test_batch_and_heads_are_those_of_the_view() -> None:

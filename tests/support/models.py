@@ -52,6 +52,7 @@ T5: dict[str, Any] = {
     "num_heads": 2,
     "decoder_start_token_id": 0,
 }
+IMAGE_TOKEN = 2
 VISION: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 32,
@@ -137,8 +138,18 @@ def _of_class(name: str, *groups: dict[str, Any]) -> Maker:
     return make
 
 
-def _with_vision(name: str, text: str, vision: str, **options: Any) -> Maker:
-    """Returns what makes a model with a vision tower before its text decoder."""
+def _with_vision(
+    name: str, text: str, vision: str, whole: dict[str, Any] | None = None, **options: Any
+) -> Maker:
+    """Returns what makes a model with a vision tower before its text decoder.
+
+    Args:
+        name: Its class.
+        text: Type of the decoder.
+        vision: Type of the tower, which gives four tokens an image.
+        whole: Options of the config around both.
+        **options: Of the decoder.
+    """
 
     def make() -> PreTrainedModel:
         return _of_class(
@@ -146,7 +157,8 @@ def _with_vision(name: str, text: str, vision: str, **options: Any) -> Maker:
             {
                 "text_config": CONFIG_MAPPING[text](**SMALL, **options),
                 "vision_config": CONFIG_MAPPING[vision](**VISION),
-                "image_token_index": 2,
+                "image_token_index": IMAGE_TOKEN,
+                **(whole or {}),
             },
         )()
 
@@ -311,6 +323,7 @@ DECODERS: dict[str, Maker] = {
         "Gemma3ForConditionalGeneration",
         "gemma3_text",
         "siglip_vision_model",
+        {"mm_tokens_per_image": 4},
         head_dim=64,
         **WINDOW,
     ),

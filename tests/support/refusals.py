@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rq_hf import RotorQuantConfig, layers
+from rq_hf import RotorQuantConfig, watched_states
 from rq_hf.layers import RotorQuantLayer
 from rq_hf.sliding import RotorQuantSlidingLayer
 
@@ -17,11 +17,10 @@ CONFIG = RotorQuantConfig(residual_length=32, sink_length=4)
 NAN, INF = float("nan"), float("inf")
 
 
-def let_few_tokens_wait(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few tokens are not looked at, on whatever device a test runs."""
-    on_gpu = "device" in request.fixturenames and request.getfixturevalue("device").type == "cuda"
-    if not on_gpu:
-        monkeypatch.setattr(layers, "looks_at_once", lambda device: False)
+def let_few_tokens_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few tokens are looked at by nobody, as in compiled steps on a GPU, on whatever device."""
+    monkeypatch.setattr(watched_states, "looks_at_once", lambda device: False)
+    monkeypatch.setattr(watched_states, "is_compiling", lambda: True)
 
 
 def make_states(tokens: int, seed: int = 0) -> Tensor:

@@ -46,9 +46,10 @@ def attend(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     stores_newest: bool = False,
+    not_finite: Tensor | None = None,
 ) -> Tensor:
     """See `rq_hf.ops.attend`. Products of codes are exact, sums are float32."""
-    inputs = _inputs(query, view, scale, mask, causal, softcap, sinks, stores_newest)
+    inputs = _inputs(query, view, scale, mask, causal, softcap, sinks, stores_newest, not_finite)
     with on_device(query.device):
         key = signature(inputs)
         known = recall(key)
@@ -72,6 +73,7 @@ def _inputs(
     softcap: float | None,
     sinks: Tensor | None,
     stores_newest: bool,
+    not_finite: Tensor | None,
 ) -> Inputs:
     if query.stride(3) != 1:
         query = query.contiguous()
@@ -83,7 +85,8 @@ def _inputs(
     # what is written behind a copy is lost
     assert not stores_newest or pieces[1] is view.recent[0]
     causal = causal and query.shape[2] > 1
-    return Inputs(query, view, pieces, mask, sinks, scale, causal, softcap, stores_newest)
+    stored = (stores_newest, not_finite)
+    return Inputs(query, view, pieces, mask, sinks, scale, causal, softcap, *stored)
 
 
 def _dense_rows(rows: ExactRows) -> ExactRows:

@@ -46,6 +46,7 @@ class Inputs(NamedTuple):
         causal: Whether queries do not see all tokens.
         softcap: See `rq_hf.ops.attend`.
         stores_newest: See `rq_hf.ops.attend.attend_with`.
+        not_finite: See `rq_hf.ops.attend.attend_with`.
     """
 
     query: Tensor
@@ -57,6 +58,7 @@ class Inputs(NamedTuple):
     causal: bool
     softcap: float | None
     stores_newest: bool = False
+    not_finite: Tensor | None = None
 
     @property
     def last_seen(self) -> int:
@@ -96,7 +98,7 @@ class Call:
         self.steps = 0 if self.angles is None or self.plain else self.angles.steps
         self.causal, self.causal_in_tiles = inputs.causal, inputs.causal_in_tiles
         self.last_seen = inputs.last_seen
-        self.stores_newest = inputs.stores_newest
+        self.stores_newest, self.not_finite = inputs.stores_newest, inputs.not_finite
         mask = inputs.mask
         self.masked = 0 if mask is None else 1 if mask.dtype == torch.bool else 2
         # a tensor stands in for those that are not there
@@ -160,6 +162,7 @@ class Call:
                 piece1.values,
                 self.mask,
                 self.counts,
+                self.counts if self.not_finite is None else self.not_finite,
                 space.rows8,
                 space.row_scales,
                 space.rows,
@@ -184,6 +187,7 @@ class Call:
                 sizes.splits,
                 sizes.parts,
                 self.last_seen,
+                view.offset,
                 self.factor,
                 self.cap,
             ),
@@ -210,6 +214,7 @@ class Call:
                 "HAS_LOW": self.tables.key_rotation.has_low,
                 "COUNTED": view.counts is not None,
                 "STORED": self.stores_newest,
+                "NOTED": self.not_finite is not None,
                 "CHAINED": self.chained,
             },
             num_warps=8,

@@ -12,6 +12,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from rq_hf.ops.triton.exact_rows import attend_exact
+from rq_hf.ops.triton.look import is_lost, note
 from rq_hf.ops.triton.mean_coefficients import (
     coefficients,
     store_coefficients,
@@ -32,6 +33,7 @@ VARYING = (
     "splits",
     "parts",
     "last_seen",
+    "offset",
 )
 
 
@@ -53,6 +55,7 @@ def prepare(
     VALUE1,
     MASK,
     COUNTS,
+    NOT_FINITE,
     ROWS8,
     ROW_SCALES,
     ROWS,
@@ -85,6 +88,7 @@ def prepare(
     splits,
     parts,
     last_seen,
+    offset,
     score_factor,
     cap,
     D: tl.constexpr,
@@ -109,6 +113,7 @@ def prepare(
     HAS_LOW: tl.constexpr,
     COUNTED: tl.constexpr,
     STORED: tl.constexpr,
+    NOTED: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
     """Grid: (2 + chunks of exact rows, units).
@@ -118,10 +123,13 @@ def prepare(
     Args:
         COUNTS: int32 [4], see `LayerView.counts`; in place of `sinks`, `count0` and `index0`
             (COUNTED).
+        NOT_FINITE: int32 [1], see `rq_hf.ops.look`; on the device or in pinned memory.
+        offset: Index in the sequence of the view's first token, for what is noted.
         FIRST_SLOW: The first of the slow pairs, see `tables.RopeOperands`.
         STEPS: Groups of eight slow pairs.
         SLOW_WIDTH: Eight times that as a power of two.
         STORED: Whether the one token of the second piece is written behind the first piece's.
+        NOTED: Whether it is then noted if it is not finite.
         CHAINED: Whether the next launch may begin at once, see `launching.Launch`.
     """
     if CHAINED:
@@ -232,8 +240,14 @@ def prepare(
                     d = tl.arange(0, DP)
                     end = count0.to(tl.int64) * D + d
                     of_head = batch * batch0 + kv_head * head0 + end
-                    tl.store(KEY0 + of_head, tl.load(key + d, mask=d < D), mask=d < D)
-                    tl.store(VALUE0 + of_head, tl.load(value + d, mask=d < D), mask=d < D)
+                    new_key = tl.load(key + d, mask=d < D, other=0.0)
+                    new_value = tl.load(value + d, mask=d < D, other=0.0)
+                    tl.store(KEY0 + of_head, new_key, mask=d < D)
+                    tl.store(VALUE0 + of_head, new_value, mask=d < D)
+                    if NOTED:
+                        lost = is_lost(new_key) | is_lost(new_value)
+                        if tl.max(lost.to(tl.int32)) > 0:
+                            note(NOT_FINITE, offset + index1)
         attend_exact(
             queries_at,
             exists,

@@ -46,7 +46,7 @@ def signature(inputs: Inputs) -> tuple:
     Tensors are there as addresses, which keeps none of them alive; codec and RoPE table, of which
     kernels read what was made of them, are there themselves.
     """
-    query, view, pieces, mask, logits, scale, causal, softcap, stores_newest = inputs
+    query, view, pieces, mask, logits, scale, causal, softcap = inputs[:8]
     records, scales, pre = view.records, view.scales, view.preconditioner
     return (
         query.device,
@@ -58,7 +58,8 @@ def signature(inputs: Inputs) -> tuple:
         causal,
         inputs.causal_in_tiles,
         softcap,
-        stores_newest,
+        inputs.stores_newest,
+        None if inputs.not_finite is None else inputs.not_finite.data_ptr(),
         view.codec,
         view.offset,
         view.packed_start,

@@ -1,0 +1,565 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Steps that kernels look at: told late and taken back out of all layers, or a reset is asked for.
+
+Without a GPU the tests take the CPU for one, whose kernels Triton interprets.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.models import make_model, make_tokens
+from support.refusals import INF, NAN, assert_holds, contents
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import Cache
+
+from rq_hf import RotorQuantCache, RotorQuantConfig, watched_states
+from rq_hf.layers import RotorQuantLayer
+from rq_hf.watch import Watch
+
+pytest.importorskip("triton")
+
+# tiles in plain order: the interpreter runs them
+HEAD_DIM, KV_HEADS, LAYERS = 16, 1, 3
+SETTINGS: dict[str, Any] = {"nbits": 3, "residual_length": 8, "sink_length": 4, "impl": "triton"}
+# tokens of the prompt, of which the first are packed
+PROMPT = 160
+# steps until the next tile is packed
+LEFT = 4 + 2 * 128 + 8 - PROMPT
+ROOM = 340
+
+
+@pytest.fixture(autouse=True)
+def as_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few tokens are left to kernels."""
+    monkeypatch.setattr(watched_states, "looks_at_once", lambda device: False)
+
+
+class Late:
+    """Lets the host see what kernels have noted only after a wait, or when `arrived` is set."""
+
+    def __init__(self) -> None:
+        self.arrived = False
+        self.waits = 0
+
+
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> Late:
+    state = Late()
+    seen: Callable[[Watch], int | None] = Watch.first.fget  # type: ignore[attr-defined]
+
+    def wait(watch: Watch) -> None:
+        state.arrived = True
+        state.waits += 1
+
+    monkeypatch.setattr(Watch, "wait", wait)
+    first = property(lambda watch: seen(watch) if state.arrived else None)
+    monkeypatch.setattr(Watch, "first", first)
+    return state
+
+
+def make_states(seed: int = 0) -> Tensor:
+    """Keys, values and queries of all layers, `[layers, 4, 1, heads, tokens, D]`, heads paired."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(LAYERS, 4, 1, KV_HEADS, ROOM, HEAD_DIM, generator=generator)
+
+
+def make_cache(**settings: Any) -> RotorQuantCache:
+    model = make_model("llama", head_dim=HEAD_DIM, num_hidden_layers=LAYERS)
+    return RotorQuantCache(config=model.config, **(SETTINGS | settings))
+
+
+def run(
+    cache: Cache, states: Tensor, first: int, last: int, layers: range = range(LAYERS)
+) -> list[Tensor]:
+    """One pass: new states of each layer are stored, and attended to."""
+    results = []
+    for i in layers:
+        key, value, *queries = states[i][:, :, :, first:last]
+        key, value = cache.update(key, value, i)
+        query = torch.cat(queries, 1)
+        options = {"is_causal": first == 0} if last - first > 1 else {}
+        results.append(
+            F.scaled_dot_product_attention(query, key, value, enable_gqa=True, **options)
+        )
+    return results
+
+
+def spoil(
+    states: Tensor, token: int, layer: int = 1, which: int = 0, number: float = NAN
+) -> Tensor:
+    spoilt = states.clone()
+    spoilt[layer, which, 0, 0, token, 7] = number
+    return spoilt
+
+
+def held(cache: RotorQuantCache) -> list[list[Any]]:
+    """Everything that a cache holds, and what it knows of queries."""
+    found = []
+    for layer in cache.packed_layers:
+        seen = layer.statistics
+        known = [x.clone() for x in (seen.total, seen.count) if x is not None]
+        found.append([*contents(layer), *known])
+    return found
+
+
+def assert_same(mine: list[list[Any]], theirs: list[list[Any]]) -> None:
+    for one, other in zip(mine, theirs, strict=True):
+        assert len(one) == len(other) and all(map(torch.equal, one, other))
+
+
+def assert_goes_on(cache: RotorQuantCache, fresh: RotorQuantCache, states: Tensor, at: int) -> None:
+    """Generation goes on as if nothing had been, over the packing of tiles."""
+    for first, last in ((at, at + 1), (at + 1, at + 140)):
+        for mine, theirs in zip(
+            run(cache, states, first, last), run(fresh, states, first, last), strict=True
+        ):
+            assert torch.equal(mine, theirs) and bool(mine.isfinite().all())
+    assert_same(held(cache), held(fresh))
+    assert min(layer.store.packed_length for layer in cache.packed_layers) >= 128
+
+
+@pytest.mark.parametrize(
+    ("layer", "which", "number", "path", "prompt", "tokens"),
+    [
+        (0, 0, NAN, "auto", PROMPT, 1),
+        (1, 1, INF, "auto", PROMPT, 5),
+        (2, 0, -INF, "dense", PROMPT, 1),
+        # open statistics
+        (1, 1, NAN, "auto", 20, 1),
+        (2, 0, NAN, "auto", 20, 5),
+        (0, 1, INF, "dense", 20, 1),
+    ],
+)
+def test_a_bad_step_is_told_by_the_next_pass_and_taken_back(
+    layer: int, which: int, number: float, path: str, prompt: int, tokens: int
+) -> None:
+    cache, fresh = make_cache(path=path), make_cache(path=path)
+    states = make_states()
+    for each in (cache, fresh):
+        run(each, states, 0, prompt)
+        run(each, states, prompt, prompt + 1)
+    before = held(cache)
+    bad = prompt + tokens
+    spoilt = spoil(states, bad, layer, which, number)
+    # queries of the bad token are of no use either
+    spoilt[:, 2:, :, :, bad] = NAN
+    run(cache, spoilt, prompt + 1, prompt + 1 + tokens)
+    assert cache.get_seq_length() == prompt + 1 + tokens
+    message = f"layer {layer}: keys or values of token {bad} are NaN .* as it was before: it was"
+    with pytest.raises(ValueError, match=message + r" taken back\. The new tokens were not stored"):
+        run(cache, states, prompt + 1 + tokens, prompt + 2 + tokens)
+    assert {x.get_seq_length() for x in cache.packed_layers} == {bad}
+    if tokens == 1:
+        assert_same(held(cache), before)
+        assert_goes_on(cache, fresh, states, bad)
+    else:
+        cache.crop(-(tokens - 1))
+        assert_same(held(cache), before)
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, 20])
+def test_what_is_known_late_takes_all_steps_since_back(late: Late, prompt: int) -> None:
+    cache, fresh = make_cache(), make_cache()
+    states = make_states()
+    for each in (cache, fresh):
+        run(each, states, 0, prompt)
+    before = held(cache)
+    spoilt = spoil(spoil(states, prompt, 1), prompt, 2)
+    run(cache, spoilt, prompt, prompt + 1)
+    waits = late.waits
+    for i in (1, 2):
+        run(cache, spoil(states, prompt + i, 0), prompt + i, prompt + i + 1)
+    assert late.waits == waits
+    late.arrived = True
+    message = f"layer 1: .* token {prompt} are .*: the last 3 tokens were taken back"
+    with pytest.raises(ValueError, match=message):
+        run(cache, states, prompt + 3, prompt + 4)
+    assert_same(held(cache), before)
+    assert_goes_on(cache, fresh, states, prompt)
+
+
+# all layers pack together; the second one packs tiles of half the size
+@pytest.mark.parametrize(
+    ("settings", "spoilt_layer"),
+    [({}, 2), ({"layer_bits": {1: 4}}, 0), ({"layer_bits": {1: 4}}, 2)],
+    ids=["alike", "mixed, before", "mixed, behind"],
+)
+def test_nothing_is_packed_behind_a_bad_token(
+    late: Late, settings: dict[str, Any], spoilt_layer: int
+) -> None:
+    cache, fresh = make_cache(**settings), make_cache(**settings)
+    states = make_states()
+    # with this token a tile is full
+    last = PROMPT + (LEFT if not settings else LEFT - 64) - 1
+    for each in (cache, fresh):
+        run(each, states, 0, PROMPT)
+        run(each, states, PROMPT, last - 2)
+    before = held(cache)
+    late.arrived = False
+    run(cache, spoil(states, last - 2, spoilt_layer), last - 2, last - 1)
+    run(cache, states, last - 1, last)
+    packed = [layer.store.packed_length for layer in cache.packed_layers]
+    with pytest.raises(ValueError, match=f"layer {spoilt_layer}: .* token {last - 2} are .* taken"):
+        run(cache, states, last, last + 1)
+    assert_same(held(cache), before)
+    assert [layer.store.packed_length for layer in cache.packed_layers] == packed
+    for each in (cache, fresh):
+        run(each, states, last - 2, last + 1)
+    assert_same(held(cache), held(fresh))
+    assert [layer.store.packed_length for layer in cache.packed_layers] != packed
+
+
+def test_behind_a_layer_that_packs_tokens_are_looked_at_at_once(late: Late) -> None:
+    cache = make_cache(layer_bits={0: 4, 1: 4})
+    states = make_states()
+    run(cache, states, 0, PROMPT)
+    last = PROMPT + LEFT - 64 - 1
+    run(cache, states, PROMPT, last)
+    before = held(cache)
+    # the last layer has nothing to pack in this pass
+    with pytest.raises(ValueError, match=r"layer 2: 1 of 16 new key numbers .* were not stored"):
+        run(cache, spoil(states, last, 2), last, last + 1)
+    assert_same(held(cache), before)
+    run(cache, states, last, last + 1)
+    packed = [layer.store.packed_length for layer in cache.packed_layers]
+    assert packed[0] == packed[1] > packed[2]
+
+
+def test_good_steps_wait_for_nothing(late: Late) -> None:
+    cache = make_cache()
+    states = make_states()
+    run(cache, states, 0, PROMPT)
+    for first in range(PROMPT, PROMPT + 3):
+        run(cache, states, first, first + 1)
+    run(cache, states, PROMPT + 3, PROMPT + 6)
+    assert late.waits == 0
+    assert all(layer.watch.device is not None for layer in cache.packed_layers)
+
+
+def test_a_crop_forgets_what_it_drops(late: Late) -> None:
+    cache, fresh = make_cache(), make_cache()
+    states = make_states()
+    for each in (cache, fresh):
+        run(each, states, 0, PROMPT)
+    spoilt = spoil(states, PROMPT)
+    run(cache, spoilt, PROMPT, PROMPT + 1), run(cache, states, PROMPT + 1, PROMPT + 2)
+    assert not late.arrived
+    cache.crop(-2)
+    assert_goes_on(cache, fresh, states, PROMPT)
+    # a token that stays is told of still
+    at = cache.get_seq_length()
+    late.arrived = False
+    run(cache, spoil(states, at), at, at + 1), run(cache, states, at + 1, at + 2)
+    cache.crop(-1)
+    with pytest.raises(ValueError, match=f"token {at} are"):
+        cache.check_steps()
+    assert cache.get_seq_length() == at
+
+
+def test_a_crop_forgets_queries_of_a_bad_token() -> None:
+    cache = make_cache()
+    states = make_states()
+    run(cache, states, 0, 20)
+    before = held(cache)[1]
+    spoilt = spoil(states, 20)
+    spoilt[1, 2:, :, :, 20] = NAN
+    run(cache, spoilt, 20, 21)
+    assert not bool(cache.packed_layers[1].statistics.total.isfinite().all())
+    cache.crop(-1)
+    assert_same([held(cache)[1]], [before])
+
+
+@pytest.mark.parametrize("keep_statistics", [False, True])
+def test_a_reset_forgets_everything(keep_statistics: bool) -> None:
+    cache = make_cache()
+    states = make_states()
+    run(cache, states, 0, PROMPT)
+    run(cache, spoil(states, PROMPT), PROMPT, PROMPT + 1)
+    cache.reset(keep_statistics)
+    run(cache, states, 0, PROMPT)
+    cache.check_steps()
+    assert cache.get_seq_length() == PROMPT
+
+
+def test_a_copy_tells_for_itself() -> None:
+    cache = make_cache()
+    states = make_states()
+    run(cache, states, 0, PROMPT)
+    before = held(cache)
+    run(cache, spoil(states, PROMPT), PROMPT, PROMPT + 1)
+    other = copy.deepcopy(cache)
+    for each in (cache, other):
+        with pytest.raises(ValueError, match=f"layer 1: .* token {PROMPT} are"):
+            run(each, states, PROMPT + 1, PROMPT + 2)
+        assert_same(held(each), before)
+    run(other, spoil(states, PROMPT), PROMPT, PROMPT + 1)
+    run(cache, states, PROMPT, PROMPT + 1)
+    cache.check_steps()
+
+
+def test_check_steps_tells_of_the_newest_token_and_of_one_that_waits() -> None:
+    cache = make_cache()
+    states = make_states()
+    run(cache, states, 0, PROMPT)
+    cache.check_steps()
+    before = held(cache)
+    message = r"layer 2: .* taken back\. Look at the model's inputs"
+    run(cache, spoil(states, PROMPT, 2, 1), PROMPT, PROMPT + 1)
+    with pytest.raises(ValueError, match=message):
+        cache.check_steps()
+    assert_same(held(cache), before)
+    for i in range(LAYERS):
+        # its attention never comes
+        cache.update(*spoil(states, PROMPT, 2, 1)[i, :2, :, :, PROMPT : PROMPT + 1], i)
+    assert cache.packed_layers[2]._pending is not None
+    with pytest.raises(ValueError, match=message):
+        cache.check_steps()
+    assert_same(held(cache), before)
+
+
+def test_a_prompt_waits_on_through_check_steps() -> None:
+    cache = make_cache()
+    cache.update(*make_states()[0, :2, :, :, :PROMPT], 0)
+    cache.check_steps()
+    assert cache.packed_layers[0]._pending is not None
+
+
+def test_a_bad_cache_is_not_saved(late: Late, tmp_path: Path) -> None:
+    cache = make_cache()
+    states, path = make_states(), tmp_path / "cache.safetensors"
+    run(cache, states, 0, PROMPT)
+    cache.save(path)
+    old, before = path.read_bytes(), [contents(layer) for layer in cache.packed_layers]
+    late.arrived = False
+    run(cache, spoil(states, PROMPT), PROMPT, PROMPT + 1)
+    with pytest.raises(ValueError, match=f"token {PROMPT} are"):
+        cache.save(path)
+    assert path.read_bytes() == old
+    # the token was taken back
+    cache.save(path)
+    loaded = RotorQuantCache.load(path)
+    assert_same([contents(x) for x in loaded.packed_layers], before)
+
+
+def test_where_a_window_of_the_host_is_full_reset_is_left() -> None:
+    model = make_model("gemma3", head_dim=HEAD_DIM)
+    cache = RotorQuantCache(config=model.config, **SETTINGS)
+    states = make_states()
+    layers = range(2)
+    run(cache, states, 0, PROMPT, layers)
+    run(cache, spoil(states, PROMPT), PROMPT, PROMPT + 1, layers)
+    before, window = held(cache), cache.layers[0].keys.clone()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"stored still.* layer 0: .* or reset\(\) the cache"):
+            run(cache, states, PROMPT + 1, PROMPT + 2, layers)
+        assert torch.equal(cache.layers[0].keys, window)
+        assert cache.layers[0].get_seq_length() == cache.layers[1].get_seq_length() == PROMPT + 1
+        for mine, theirs in zip(held(cache)[0], before[0], strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)
+    cache.reset()
+    run(cache, states, 0, PROMPT, layers), run(cache, states, PROMPT, PROMPT + 1, layers)
+    cache.check_steps()
+    # with its past recorded the window goes back
+    cache.reset()
+    cache.activate_past_recording()
+    run(cache, states, 0, PROMPT, layers)
+    run(cache, spoil(states, PROMPT), PROMPT, PROMPT + 1, layers)
+    with pytest.raises(ValueError, match="it was taken back"):
+        run(cache, states, PROMPT + 1, PROMPT + 2, layers)
+    assert cache.layers[0].get_seq_length() == cache.layers[1].get_seq_length() == PROMPT
+
+
+def test_an_exact_layer_gives_the_tokens_back() -> None:
+    cache, fresh = (make_cache(layer_bits={0: 16}) for _ in range(2))
+    states = make_states()
+    for each in (cache, fresh):
+        run(each, states, 0, PROMPT)
+    run(cache, spoil(states, PROMPT), PROMPT, PROMPT + 1)
+    with pytest.raises(ValueError, match="it was taken back"):
+        run(cache, states, PROMPT + 1, PROMPT + 2)
+    assert torch.equal(cache.layers[0].keys, fresh.layers[0].keys)
+    assert_goes_on(cache, fresh, states, PROMPT)
+
+
+def test_layers_that_some_passes_leave_out() -> None:
+    # layers of a model that skips the first one, and then the last one
+    cache = make_cache()
+    states = make_states()
+    for part in (range(1, 3), range(1, 3), range(0, 2)):
+        at = cache.layers[1].get_seq_length()
+        run(cache, states, at, at + 20, part)
+        if at == 20:
+            break
+    run(cache, spoil(states, 40, 2), 40, 41, range(1, 3))
+    with pytest.raises(ValueError, match=r"layer 2: .* token 40 are .* taken back"):
+        run(cache, states, 41, 42, range(1, 3))
+    assert [layer.get_seq_length() for layer in cache.layers] == [0, 40, 40]
+
+
+@pytest.mark.parametrize(("family", "recorded"), [("lfm2", True), ("qwen3-next", False)])
+def test_states_that_were_recorded_go_back(family: str, recorded: bool) -> None:
+    model = make_model(family, head_dim=HEAD_DIM)
+    cache, fresh = (RotorQuantCache(config=model.config, **SETTINGS) for _ in range(2))
+    tokens = make_tokens(64)
+
+    @torch.no_grad()
+    def forward(each: RotorQuantCache, first: int, last: int) -> Tensor:
+        return model(tokens[:, first:last], past_key_values=each).logits
+
+    for each in (cache, fresh):
+        if recorded:
+            each.activate_past_recording()
+        forward(each, 0, 40), forward(each, 40, 41)
+    weight = model.model.layers[1].self_attn.v_proj.weight
+    whole = weight.detach().clone()
+    with torch.no_grad():
+        weight[0, 0] = NAN
+    forward(cache, 41, 42)
+    with torch.no_grad():
+        weight.copy_(whole)
+    message = "it was taken back" if recorded else r"stored still.* layer 0: .*reset\(\) the cache"
+    with pytest.raises(ValueError, match=f"layer 1: .* token 41 are .*{message}"):
+        forward(cache, 42, 43)
+    if recorded:
+        assert torch.equal(forward(cache, 41, 42), forward(fresh, 41, 42))
+        assert torch.equal(forward(cache, 42, 45), forward(fresh, 42, 45))
+
+
+def feed(layer: RotorQuantLayer, states: Tensor, first: int, last: int) -> None:
+    layer.update(*states[1, :2, :, :, first:last])
+
+
+@pytest.mark.parametrize("delayed", [False, True])
+def test_a_layer_alone_packs_nothing_bad(late: Late, delayed: bool) -> None:
+    layer = RotorQuantLayer(RotorQuantConfig(**SETTINGS), layer_idx=4)
+    states = make_states()
+    last = PROMPT + LEFT - 1
+    feed(layer, states, 0, PROMPT), feed(layer, states, PROMPT, last - 1)
+    before = contents(layer)
+    late.arrived = not delayed
+    feed(layer, spoil(states, last - 1), last - 1, last)
+    # the token waits for its attention
+    layer.settle()
+    with pytest.raises(ValueError, match=f"layer 4: .* token {last - 1} are .* taken back"):
+        feed(layer, states, last, last + 1)
+    assert_holds(layer, before)
+    feed(layer, states, last - 1, last), feed(layer, states, last, last + 1)
+    assert layer.store.packed_length == 256
+
+
+def test_a_layer_alone_looks_when_asked() -> None:
+    layer = RotorQuantLayer(RotorQuantConfig(**SETTINGS), layer_idx=4)
+    states = make_states()
+    feed(layer, states, 0, PROMPT)
+    layer.check_steps()
+    feed(layer, spoil(states, PROMPT), PROMPT, PROMPT + 1)
+    with pytest.raises(ValueError, match=r"layer 4: .* taken back\. Look"):
+        layer.check_steps()
+    assert layer.get_seq_length() == PROMPT
+
+
+@pytest.mark.parametrize("how", ["to", "reorder"])
+def test_a_note_goes_with_the_tokens(how: str) -> None:
+    cache = make_cache()
+    states = make_states()
+    run(cache, states, 0, PROMPT)
+    run(cache, spoil(states, PROMPT), PROMPT, PROMPT + 1)
+    cache.to("cpu") if how == "to" else cache.reorder_cache(torch.tensor([0]))
+    with pytest.raises(ValueError, match=f"token {PROMPT} are"):
+        run(cache, states, PROMPT + 1, PROMPT + 2)
+    assert cache.get_seq_length() == PROMPT
+
+
+def test_a_refused_pass_leaves_no_note_of_its_own() -> None:
+    cache, fresh = make_cache(), make_cache()
+    states = make_states()
+    for each in (cache, fresh):
+        run(each, states, 0, PROMPT)
+    before = held(cache)
+    run(cache, spoil(states, PROMPT, 0), PROMPT, PROMPT + 1, range(1))
+    with pytest.raises(ValueError, match="head_dim"):
+        cache.update(*torch.zeros(2, 1, KV_HEADS, 1, 32), 1)
+    assert_same(held(cache), before)
+    assert_goes_on(cache, fresh, states, PROMPT)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_where_kernels_do_not_run_steps_are_looked_at_at_once(tokens: int) -> None:
+    cache = make_cache(impl="reference")
+    states = make_states()
+    run(cache, states, 0, PROMPT)
+    before = held(cache)
+    with pytest.raises(ValueError, match=r"layer 1: 1 of .* new key .* were not stored"):
+        run(cache, spoil(states, PROMPT), PROMPT, PROMPT + tokens)
+    assert_same(held(cache), before)
+
+
+def test_the_cpu_looks_at_once_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    cache = make_cache()
+    states = make_states()
+    run(cache, states, 0, PROMPT)
+    with pytest.raises(ValueError, match=r"layer 1: 1 of .* new key .* were not stored"):
+        run(cache, spoil(states, PROMPT), PROMPT, PROMPT + 1)
+    assert all(layer.watch.device is None for layer in cache.packed_layers)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("prompt", [20, 300])
+@pytest.mark.parametrize("offloading", [False, True])
+def test_decoding_on_a_gpu(prompt: int, offloading: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    model = make_model("llama").cuda()
+    tokens = torch.randint(3, 90, (2, prompt + 200), device="cuda")
+    caches = [
+        RotorQuantCache(config=model.config, residual_length=32, offloading=offloading)
+        for _ in range(2)
+    ]
+
+    @torch.no_grad()
+    def forward(cache: RotorQuantCache, first: int, last: int) -> Tensor:
+        return model(tokens[:, first:last], past_key_values=cache).logits
+
+    def spoil_key(module: torch.nn.Module, args: Any, key: Tensor) -> Tensor:
+        key = key.clone()
+        key[1, -1, 5] = NAN
+        return key
+
+    for cache in caches:
+        forward(cache, 0, prompt)
+    cache, fresh = caches
+    for i in range(prompt, prompt + 10):
+        assert torch.equal(forward(cache, i, i + 1), forward(fresh, i, i + 1))
+    bad = prompt + 10
+    before = [contents(layer) for layer in cache.packed_layers]
+    for width in (1, 4):
+        hook = model.model.layers[1].self_attn.k_proj.register_forward_hook(spoil_key)
+        forward(cache, bad, bad + width)
+        hook.remove()
+        torch.cuda.synchronize()
+        with pytest.raises(ValueError, match=f"layer 1: .* token {bad + width - 1} are .* taken"):
+            forward(cache, bad + width, bad + width + 1)
+        cache.crop(bad - cache.get_seq_length())
+        for layer, expected in zip(cache.packed_layers, before, strict=True):
+            assert_holds(layer, expected)
+    # without a wait it is told at the latest when a tile is packed
+    hook = model.model.layers[0].self_attn.k_proj.register_forward_hook(spoil_key)
+    forward(cache, bad, bad + 1)
+    hook.remove()
+    with pytest.raises(ValueError, match=rf"layer [01]: .* token {bad} are .* taken"):
+        for i in range(bad + 1, bad + 160):
+            forward(cache, i, i + 1)
+    for layer, expected in zip(cache.packed_layers, before, strict=True):
+        assert_holds(layer, expected)
+    for i in range(bad, bad + 150):
+        assert torch.equal(forward(cache, i, i + 1), forward(fresh, i, i + 1))
+    for mine, theirs in zip(cache.packed_layers, fresh.packed_layers, strict=True):
+        assert_holds(mine, contents(theirs))
+    cache.check_steps()
