@@ -49,7 +49,7 @@ TURNS = {
     "SLOW_WIDTH": 64,
     "FIRST_SLOW": 20,
 }
-PARTS = {"H": 4, "ROWS": 1, "PARTS": 256, "BLOCK": 32, "PRECONDITIONED": True, "SINK": False}
+PARTS = {"H": 4, "PARTS": 256, "BLOCK": 32, "PRECONDITIONED": True, "SINK": False}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "attend_tiles": {
         **CODEC,
@@ -65,7 +65,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         **{**EXACT, **TURNS, **ALL_OFF},
         **{"D": 128, "DP": 128, "SKETCH": False, "HAS_LOW": False},
     },
-    "combine": {**PARTS, "D": 128, "DP": 128, "PACKED": True, "HAS_LOW": False},
+    "combine": {**PARTS, "ROWS": 1, "D": 128, "DP": 128, "PACKED": True, "HAS_LOW": False},
+    "combine_few": {**PARTS, "WIDTH": 32, "D": 128, "DP": 128, "PACKED": True, "HAS_LOW": False},
     "look_kernel": {"D": 128, "DP": 128, "ROWS": 8},
 }
 TWO = {"KEY_BITS": 2, "VALUE_BITS": 2}
@@ -88,11 +89,11 @@ WIDE_EXACT = {
 VARIANTS: dict[str, Variant] = {
     "2 bits": Variant("attend_tiles", TWO, {90: 0}),
     # two tables in registers of every lane, for which others make room
-    "3 bits": Variant("attend_tiles", {}, {90: 32, 89: 0, 80: 0}),
+    "3 bits": Variant("attend_tiles", {}, {90: 40, 89: 0, 80: 0}),
     "4 bits": Variant("attend_tiles", FOUR, {90: 0, 89: 0, 80: 0}),
     "sketch": Variant("attend_tiles", SKETCH, {90: 40}),
     "narrow": Variant("attend_tiles", NARROW, {90: 0}),
-    "wide": Variant("attend_tiles", WIDE, {90: 0, 80: 0}),
+    "wide": Variant("attend_tiles", WIDE, {90: 24, 80: 0}),
     "wide, staged": Variant("attend_tiles", {**WIDE, "STAGED": True}, {90: 0, 89: 0}),
     "all on": Variant("attend_tiles", ALL_ON, {90: 40}),
     "2 bits, 8 rows": Variant("attend_tiles", {**TWO, "H": 8, "STAGED": True}, {90: 8}),
@@ -115,6 +116,13 @@ VARIANTS: dict[str, Variant] = {
         "combine",
         {**WIDE_ROWS, "PARTS": 512, "BLOCK": 32, "SINK": True, "HAS_LOW": True},
         {90: 24, 89: 152, 80: 8},
+    ),
+    "combine, few": Variant("combine_few", {"BLOCK": 64}, {90: 0, 80: 0}),
+    "combine, few, wide": Variant(
+        "combine_few", {**WIDE_ROWS, "SINK": True, "HAS_LOW": True}, {90: 0, 89: 0}
+    ),
+    "combine, few, all columns": Variant(
+        "combine_few", {**WIDE_ROWS, "WIDTH": 64, "HAS_LOW": True}, {90: 0}
     ),
     "plain": Variant("attend_plain", {}, {90: 32, 89: 32, 80: 0}),
     # sums of 16 rows of up to 256 numbers, for sizes that few models have
@@ -159,6 +167,7 @@ def compile_variant(variant: Variant, capability: int) -> Any:
     from rq_hf.ops.triton.attend_plain import attend_plain
     from rq_hf.ops.triton.attend_tiles import attend_tiles
     from rq_hf.ops.triton.combine import combine
+    from rq_hf.ops.triton.combine_few import combine_few
     from rq_hf.ops.triton.look import look_kernel
     from rq_hf.ops.triton.prepare import prepare
 
@@ -169,6 +178,7 @@ def compile_variant(variant: Variant, capability: int) -> Any:
         "attend_plain": (attend_plain, 8 if wide else 4),
         "prepare": (prepare, 8),
         "combine": (combine, 8 if wide else 4),
+        "combine_few": (combine_few, 4),
         "look_kernel": (look_kernel, 4),
     }[variant.kernel]
     if kernel is prepare:
@@ -220,5 +230,9 @@ def test_compiles_within_limits(capability: int) -> None:
     assert not beyond
     # launches that begin early wait once, and write nothing before
     for name, taken in usage.items():
-        begins_early = capability >= 90 and VARIANTS[name].kernel in ("attend_tiles", "combine")
+        begins_early = capability >= 90 and VARIANTS[name].kernel in (
+            "attend_tiles",
+            "combine",
+            "combine_few",
+        )
         assert (taken["waits"], taken["early_stores"]) == (int(begins_early), 0), name

@@ -47,13 +47,12 @@ def test_all_programs_run_at_once_and_share_all_tiles(
 
 
 @pytest.mark.parametrize(
-    ("tiles", "batch", "bits", "each"),
-    [(62, 4, 3, 1), (126, 4, 3, 2), (254, 4, 3, 3), (509, 4, 4, 6), (1022, 4, 3, 8)],
+    ("tiles", "each"), [(62, 1), (126, 1), (132, 1), (133, 2), (254, 2), (509, 4), (1022, 8)]
 )
-def test_three_tiles_a_program_where_that_leaves_enough(
-    monkeypatch: pytest.MonkeyPatch, tiles: int, batch: int, bits: int, each: int
+def test_a_program_takes_no_more_tiles_than_it_must(
+    monkeypatch: pytest.MonkeyPatch, tiles: int, each: int
 ) -> None:
-    found = sizes(monkeypatch, tiles, batch=batch, group=4, bits=bits)
+    found = sizes(monkeypatch, tiles, batch=4, group=4)
     assert found.splits == -(-tiles // each)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from rq_hf.ops.triton.attend_plain import attend_plain
 from rq_hf.ops.triton.attend_tiles import attend_tiles
 from rq_hf.ops.triton.combine import combine
+from rq_hf.ops.triton.combine_few import combine_few
 from rq_hf.ops.triton.launching import Launch, chains, interpreting, processors
 from rq_hf.ops.triton.prepare import prepare
 from rq_hf.ops.triton.tables import (
@@ -29,6 +30,10 @@ from rq_hf.ops.view import ExactRows, LayerView
 _LOG2E = math.log2(math.e)
 # rows of partial results that `combine` adds up at a time
 _ROWS_AT_ONCE = 32
+# numbers that `combine_few` adds up at a time, and of the rotation a program's columns: at most
+_FEW_NUMBERS = 64 * 128
+_MOST_NUMBERS = 128 * 128
+_LEAST_COLUMNS = 32
 # programs for each multiprocessor that have room for words of 256 dimensions in shared memory
 _FEW_PROGRAMS = 4
 
@@ -343,37 +348,73 @@ class Call:
     def combine(self) -> Launch:
         """Merges all parts, and logits that have no value, and turns packed sums back."""
         sizes, pre, space = self.sizes, self.view.preconditioner, self.space
+        arguments = (
+            space.partial,
+            space.weight,
+            self.tables.value_rotation.parts,
+            space.weight if pre is None else pre.value_mean,
+            space.weight if self.logits is None else self.logits,
+            self.out,
+            sizes.kv_heads,
+            sizes.group,
+            sizes.queries,
+            sizes.splits,
+            sizes.parts,
+        )
+        constants = {
+            "PACKED": sizes.splits > 0,
+            "PRECONDITIONED": pre is not None,
+            "SINK": self.logits is not None,
+            "HAS_LOW": self.tables.value_rotation.has_low,
+            "CHAINED": self.chained,
+        }
+        if sizes.rows <= processors(self.query.device):
+            return self._combine_few(arguments, constants)
+        return self._combine_many(arguments, constants)
+
+    def _combine_few(self, arguments: tuple, constants: dict[str, Any]) -> Launch:
+        """A program for each row, or for some columns of it while multiprocessors are left."""
+        sizes, width = self.sizes, self.width
         parts = triton.next_power_of_2(sizes.parts)
-        rows = sizes.combined_rows
-        block = max(16 // rows, min(parts, _ROWS_AT_ONCE // rows))
+        small = parts * width <= _FEW_NUMBERS
+        numbers = _FEW_NUMBERS // 2 if small else _FEW_NUMBERS
+        columns = min(width, _MOST_NUMBERS // width)
+        programs = processors(self.query.device) // sizes.rows
+        while columns > _LEAST_COLUMNS and 2 * (width // columns) <= programs:
+            columns //= 2
+        return Launch(
+            combine_few,
+            (sizes.units, sizes.block * (width // columns)),
+            arguments,
+            {
+                "D": self.dim,
+                "DP": width,
+                "H": sizes.block,
+                "WIDTH": columns,
+                "PARTS": parts,
+                "BLOCK": min(parts, numbers // width),
+                **constants,
+            },
+            num_warps=2 if small else 4,
+            chained=self.chained,
+        )
+
+    def _combine_many(self, arguments: tuple, constants: dict[str, Any]) -> Launch:
+        """A program for each row, or for all rows of a unit."""
+        sizes = self.sizes
+        parts, rows = triton.next_power_of_2(sizes.parts), sizes.combined_rows
         return Launch(
             combine,
             (sizes.units, sizes.block // rows),
-            (
-                space.partial,
-                space.weight,
-                self.tables.value_rotation.parts,
-                space.weight if pre is None else pre.value_mean,
-                space.weight if self.logits is None else self.logits,
-                self.out,
-                sizes.kv_heads,
-                sizes.group,
-                sizes.queries,
-                sizes.splits,
-                sizes.parts,
-            ),
+            arguments,
             {
                 "D": self.dim,
                 "DP": self.width,
                 "H": sizes.block,
                 "ROWS": rows,
                 "PARTS": max(16, parts),
-                "BLOCK": block,
-                "PACKED": sizes.splits > 0,
-                "PRECONDITIONED": pre is not None,
-                "SINK": self.logits is not None,
-                "HAS_LOW": self.tables.value_rotation.has_low,
-                "CHAINED": self.chained,
+                "BLOCK": max(16 // rows, min(parts, _ROWS_AT_ONCE // rows)),
+                **constants,
             },
             num_warps=8 if self.width > 128 else 4,
             chained=self.chained,

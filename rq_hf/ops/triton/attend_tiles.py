@@ -126,6 +126,7 @@ def attend_tiles(
         PARTIAL: float32 [B Hk, blocks, parts, H, D].
         WEIGHT: float32 [B Hk, blocks, parts, H, 2]: maximum (base 2) and sum.
         tokens: Packed tokens.
+        splits: Programs of a unit; each takes every so many-th tile.
         first_token: Index of the first packed token in the sequence.
         last_seen: Index of the last packed token that the first query may see (CAUSAL).
         key_step, value_step: Steps of the integer levels.
@@ -182,13 +183,12 @@ def attend_tiles(
     kv_head = (head % kv_heads).to(gl.int64)
     unit = unit.to(gl.int64)
     tiles = (tokens + T - 1) // T
-    per = (tiles + splits - 1) // splits
-    start = split * per
-    stop = gl.minimum(tiles, start + per)
+    # tiles that are read at one time lie side by side
+    start = split
     pad = 0
     if PADDED:
         pad = gl.load(PADDING + batch).to(gl.int32)
-        start = gl.maximum(start, pad // T)
+        start += gl.maximum(pad // T - split + splits - 1, 0) // splits * splits
 
     line = gl.arange(0, KEY_LOAD // 4, layout=gl.SliceLayout(1, LOAD))[:, None] * 4
     word = gl.arange(0, 4, layout=gl.SliceLayout(0, LOAD))[None, :]
@@ -302,11 +302,12 @@ def attend_tiles(
     out0 = gl.full([VALUE_ROWS, H], 0.0, gl.float32, layout=O)
     out1 = out0
 
-    for tile in range(start, stop):
-        next_tile = gl.minimum(tile + 1, stop - 1).to(gl.int64)
+    half = 1
+    for tile in range(start, tiles, splits):
+        next_tile = gl.minimum(tile + splits, tiles - 1).to(gl.int64)
         here = records + tile.to(gl.int64) * RECORD
         after = records + next_tile * RECORD
-        half = (tile - start) & 1
+        half = 1 - half
         # of what is under way, only the values' words may be missing now
         async_copy.wait_group(1 if STAGED else 0)
         # copies of other lanes are to be seen, and what is overwritten has been read

@@ -2,8 +2,8 @@
 """The last launch: merges partial results, turns packed sums back, adds the mean value (Triton).
 
 A program takes one row of a unit, or all of them where programs are many. Sums over parts, and
-their rotation, are products of matrices with 16 rows, of which few are used: threads that add up
-numbers of one another would wait for longer.
+their rotation, are products of matrices with 16 rows, of which few are used: a multiprocessor with
+several programs has no time for more instructions. See `combine_few` for one that has.
 """
 
 import triton

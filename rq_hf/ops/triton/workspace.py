@@ -13,9 +13,6 @@ from rq_hf.ops.view import ExactRows, LayerView
 
 # programs of one warp that share a multiprocessor, as their registers allow
 _PROGRAMS = 8
-# so many will do where more would have less than _TOKENS each, and fewer of 8 rows
-_ENOUGH = {4: 4, 8: 3}
-_TOKENS = 384
 # so many `combine` reads at once
 _MAX_PARTS = 256
 
@@ -61,15 +58,10 @@ class Sizes:
         tiles = view.records.shape[2] if view.packed_length else 0
         chunk = exact_chunk(head_dim)
         chunks = sum(-(-rows.keys.shape[2] // chunk) for rows in pieces)
-        all_programs = processors(query.device) * _PROGRAMS
-        # a tile of a wide head is work enough
-        enough = _ENOUGH[block] if head_dim <= 128 else _PROGRAMS
-        each = _tiles_of_a_program(
-            tiles,
-            most=min(all_programs // units, max(_MAX_PARTS - chunks, _MAX_PARTS // 2)),
-            enough=processors(query.device) * enough // units,
-            tile_length=view.codec.layout.tile_length,
-        )
+        # programs of a unit that run at once
+        most = processors(query.device) * _PROGRAMS // units
+        most = max(1, min(most, max(_MAX_PARTS - chunks, _MAX_PARTS // 2)))
+        tiles_each = max(1, -(-tiles // most))
         return cls(
             batch=batch,
             kv_heads=kv_heads,
@@ -78,7 +70,7 @@ class Sizes:
             block=block,
             units=units,
             tiles=tiles,
-            splits=-(-tiles // each),
+            splits=-(-tiles // tiles_each),
             chunk=chunk,
             chunks=chunks,
             # a program for each row, until one a unit is enough for all multiprocessors
@@ -176,20 +168,6 @@ def take_memory(count: int, device: torch.device) -> Tensor:
 def exact_chunk(head_dim: int) -> int:
     """Exact tokens of a part."""
     return 64 if head_dim <= 128 else 32
-
-
-def _tiles_of_a_program(tiles: int, *, most: int, enough: int, tile_length: int) -> int:
-    """Tiles of a unit that one program takes; at least 1.
-
-    Args:
-        tiles: Tiles of the unit.
-        most: Programs of a unit that run at once.
-        enough: Programs of a unit that are to be had before one takes more tiles than it must.
-        tile_length: Tokens of a tile.
-    """
-    least = -(-tiles // max(1, most))
-    wanted = min(-(-tiles // max(1, enough)), _TOKENS // tile_length)
-    return max(1, least, wanted)
 
 
 def _aligned(count: int) -> int:
