@@ -149,7 +149,7 @@ class Call:
         half = some.dtype == first.keys.dtype != torch.float32 and not interpreting()
         return Launch(
             prepare,
-            (2 + sizes.chunks, sizes.units),
+            (2 + self.sketch + sizes.chunks, sizes.units),
             (
                 some,
                 some if pre is None else pre.balance,

@@ -2,9 +2,9 @@
 """One launch before the packed part: rotates queries, and attends to the exact rows (Triton).
 
 A unit is a block of H query rows of one KV head, rows counted as head in group times L plus query.
-Programs of a unit: the first prepares its rows for the packed part, the second what the mean of
-keys before RoPE adds to them, the others take one chunk of exact rows each and write a partial
-result (`combine`).
+Programs of a unit: the first rotates its rows for the packed part, the second prepares what the
+mean of keys before RoPE adds to them, a third sketches them where keys have a sketch. The others
+take one chunk of exact rows each and write a partial result (`combine`).
 """
 
 import triton
@@ -18,7 +18,7 @@ from rq_hf.ops.triton.mean_coefficients import (
     store_coefficients,
     store_slow_coefficients,
 )
-from rq_hf.ops.triton.query_rows import multiply, row_of, store_rows
+from rq_hf.ops.triton.query_rows import balanced, load_rows, multiply, row_of, store_rows
 
 # numbers that change from step to step: a kernel compiled anew for some would stall generation
 VARYING = (
@@ -116,7 +116,7 @@ def prepare(
     NOTED: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
-    """Grid: (2 + chunks of exact rows, units).
+    """Grid: (2, or 3 with a sketch, + chunks of exact rows, units).
 
     Outputs are laid out as `attend_tiles` reads them.
 
@@ -134,7 +134,9 @@ def prepare(
     """
     if CHAINED:
         gdc_launch_dependents()
-    part = tl.program_id(0) - 2
+    role = tl.program_id(0)
+    OTHERS: tl.constexpr = 3 if SKETCH else 2
+    part = role - OTHERS
     if COUNTED:
         sinks = tl.load(COUNTS)
         count0 = tl.load(COUNTS + 1)
@@ -146,37 +148,29 @@ def prepare(
     kv_head = kv_head.to(tl.int64)
     head = kv_head * group + in_group
     queries_at = QUERY + batch * query_batch + head * query_head + query * query_query
-    if part == -2:
+    stat = (batch * kv_heads + kv_head) * D
+    SIDES: tl.constexpr = 2 if SKETCH else 1
+    rows8 = ROWS8 + unit * (SIDES * 2 * H * D)
+    row_scales = ROW_SCALES + unit * (SIDES * H)
+    rows = ROWS + unit * (SIDES * H * D)
+    if role == 0:
         if PACKED:
-            d = tl.arange(0, DP)
-            real = d < D
-            stat = (batch * kv_heads + kv_head) * D
-            q = tl.load(
-                queries_at[:, None] + d[None, :], mask=exists[:, None] & real[None, :], other=0.0
-            )
-            q = q.to(tl.float32) * score_factor
-            constant = tl.zeros([16], tl.float32)
+            q = load_rows(queries_at, exists, score_factor, D, DP)
             if PRECONDITIONED:
-                mean = tl.load(POST + stat + d, mask=real, other=0.0)
+                d = tl.arange(0, DP)
+                mean = tl.load(POST + stat + d, mask=d < D, other=0.0)
                 if TURNED > 0:
-                    mean += tl.load(PRE + stat + d, mask=real & (d >= 2 * TURNED), other=0.0)
+                    mean += tl.load(PRE + stat + d, mask=(d >= 2 * TURNED) & (d < D), other=0.0)
                 constant = tl.sum(q * mean[None, :], 1)
-                q = q / tl.load(BALANCE + stat + d, mask=real, other=1.0)[None, :]
+                q = balanced(q, BALANCE + stat, D)
+            else:
+                constant = tl.zeros([16], tl.float32)
             rotated = multiply(q, KEY_ROTATION, D, DP, HAS_LOW)
-            if SKETCH:
-                sketched = multiply(q, SKETCHED, D, DP, True)
-            SIDES: tl.constexpr = 2 if SKETCH else 1
-            rows8 = ROWS8 + unit * (SIDES * 2 * H * D)
-            row_scales = ROW_SCALES + unit * (SIDES * H)
-            rows = ROWS + unit * (SIDES * H * D)
             store_rows(rotated, rows8, row_scales, rows, 0, D, H, PLAIN)
-            if SKETCH:
-                store_rows(sketched, rows8, row_scales, rows, 1, D, H, PLAIN)
             r = tl.arange(0, 16)
             tl.store(CONSTANT + unit * H + r, constant, mask=r < H)
-    elif part == -1:
+    elif role == 1:
         if PACKED:
-            stat = (batch * kv_heads + kv_head) * D
             if PAIRS > 0:
                 p = tl.arange(0, PAIRS)
                 a, b = coefficients(
@@ -206,6 +200,13 @@ def prepare(
                 )
                 slow_coef = SLOW_COEF + unit * (STEPS * 2 * H * 16)
                 store_slow_coefficients(a, b, slow_coef, H, STEPS, n)
+    elif role < OTHERS:
+        if PACKED and SKETCH:
+            q = load_rows(queries_at, exists, score_factor, D, DP)
+            if PRECONDITIONED:
+                q = balanced(q, BALANCE + stat, D)
+            sketched = multiply(q, SKETCHED, D, DP, True)
+            store_rows(sketched, rows8, row_scales, rows, 1, D, H, PLAIN)
     else:
         pad = tl.zeros([], tl.int64)
         if PADDED:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Query rows: which they are, their product with a rotation, and how they are stored (Triton)."""
+"""Query rows: which they are, their product with a matrix, and how they are stored (Triton)."""
 
 import triton
 import triton.language as tl
@@ -15,6 +15,21 @@ def row_of(unit, kv_heads, group, queries, H: tl.constexpr):
     exists = (r < H) & (row < group * queries)
     row = tl.minimum(row, group * queries - 1)
     return head // kv_heads, head % kv_heads, row // queries, row % queries, exists
+
+
+@triton.jit
+def load_rows(queries_at, exists, factor, D: tl.constexpr, DP: tl.constexpr):
+    """The rows times `factor`, float32 [16, DP]; zeros where there is none."""
+    d = tl.arange(0, DP)
+    inside = exists[:, None] & (d < D)[None, :]
+    return tl.load(queries_at[:, None] + d[None, :], mask=inside, other=0.0).to(tl.float32) * factor
+
+
+@triton.jit
+def balanced(rows, BALANCE, D: tl.constexpr):
+    """Rows [16, DP] for keys that were multiplied by the balance [D]."""
+    d = tl.arange(0, rows.shape[1])
+    return rows / tl.load(BALANCE + d, mask=d < D, other=1.0)[None, :]
 
 
 @triton.jit
