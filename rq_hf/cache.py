@@ -29,7 +29,7 @@ from rq_hf.description import describe_layer
 from rq_hf.layers import RotorQuantLayer
 from rq_hf.memory import CacheMemory
 from rq_hf.model_layers import make_layer, make_layers
-from rq_hf.noted import is_noted, refuse_noted, refuse_to_pack, wait_for_notes
+from rq_hf.noted import can_take_back, is_noted, refuse_noted, refuse_to_pack, wait_for_notes
 from rq_hf.validation import check_dtype, check_exact
 
 # the name can be set on a model as soon as there is a cache for it
@@ -124,13 +124,13 @@ class RotorQuantCache(Cache):
                 the tokens from there on are taken back out of all layers, or the message says that
                 only `reset` helps. See `check_steps`.
         """
-        if not torch.compiler.is_compiling():
-            self._begin_pass(key_states, layer_idx)
         if self.layer_class_to_replicate is None and layer_idx >= len(self.layers):
             raise ValueError(
                 f"layer {layer_idx}: the cache was made for a model with {len(self.layers)} "
                 "layers; make a new one with this model's config"
             )
+        if not torch.compiler.is_compiling():
+            self._begin_pass(layer_idx)
         held = len(self.layers)
         self._append_layers(layer_idx + 1)
         self._hold(layer_idx)
@@ -138,6 +138,10 @@ class RotorQuantCache(Cache):
             self._check_exact(key_states, value_states, layer_idx)
             states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         except ValueError as error:
+            if can_take_back(self.layers, int(self.layers[layer_idx].get_seq_length())):
+                # out of the layers ahead this takes the new tokens too
+                del self.layers[held:]
+                refuse_noted(self.layers, new_tokens=True)
             taken_back = self._take_back(key_states, layer_idx)
             del self.layers[held:]
             if not taken_back:
@@ -151,7 +155,7 @@ class RotorQuantCache(Cache):
                 layer.forget_before()
         return states
 
-    def _begin_pass(self, key_states: Tensor, layer_idx: int) -> None:
+    def _begin_pass(self, layer_idx: int) -> None:
         """Tells of earlier tokens that were not finite, where a pass begins.
 
         Layers are updated in order, whichever of them a model leaves out.
@@ -159,8 +163,6 @@ class RotorQuantCache(Cache):
         if layer_idx <= self._last_updated:
             self.packs = False
             if is_noted(self.packed_layers):
-                # layers of linear attention are stored past this method
-                self._take_back(key_states, layer_idx)
                 refuse_noted(self.layers, new_tokens=True)
         self._last_updated = layer_idx
 
@@ -296,10 +298,16 @@ class RotorQuantCache(Cache):
             obstacle = crop_obstacle(layer, int(tokens_to_remove))
             if obstacle is not None:
                 raise ValueError(f"layer {i}: {obstacle}")
+        wait_for_notes(self.packed_layers)
+        noted = is_noted(self.packed_layers)
         for layer in layers:
             # some of the host's fail where there is nothing to drop
             if isinstance(layer, RotorQuantLayer) or not holds_nothing(layer):
                 layer.crop(tokens_to_remove)
+        if noted:
+            # behind a bad key, queries of other layers are bad too
+            for layer in self.packed_layers:
+                layer.statistics.go_back(layer.get_seq_length())
 
     def reset(self, keep_statistics: bool = False) -> None:
         """Forgets all tokens; the next prompt may have another batch size, dtype or device.

@@ -12,7 +12,7 @@ from transformers.cache_utils import (
 
 from rq_hf.layers import RotorQuantLayer
 
-_INSTEAD = "reset() the cache and run the prompt again"
+INSTEAD = "reset() the cache and run the prompt again"
 
 
 def can_crop(layer: Any, tokens_to_remove: int) -> bool:
@@ -36,12 +36,12 @@ def crop_obstacle(layer: Any, tokens_to_remove: int) -> str | None:
     ):
         return (
             "linear attention keeps no states of earlier tokens (those of convolutions alone do, "
-            f"after activate_past_recording()); {_INSTEAD}"
+            f"after activate_past_recording()); {INSTEAD}"
         )
     if isinstance(layer, DynamicSlidingWindowLayer):
         return _window_obstacle(layer, tokens_to_remove)
     if tokens_to_remove and not getattr(layer, "is_croppable", False):
-        return f"a {type(layer).__name__} drops no tokens; {_INSTEAD}"
+        return f"a {type(layer).__name__} drops no tokens; {INSTEAD}"
     return None
 
 
@@ -67,5 +67,5 @@ def _window_obstacle(layer: DynamicSlidingWindowLayer, tokens_to_remove: int) ->
     return (
         f"of {length} tokens it holds the newest {layer.keys.shape[-2]}, too few to go back to "
         f"{left} with a window of {window}; call activate_past_recording() before tokens that may "
-        f"have to go are stored, or {_INSTEAD}"
+        f"have to go are stored, or {INSTEAD}"
     )

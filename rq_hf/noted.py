@@ -6,9 +6,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
-from rq_hf.cropping import crop_obstacle, holds_nothing
+from rq_hf.cropping import INSTEAD, crop_obstacle, holds_nothing
 from rq_hf.layers import RotorQuantLayer
 from rq_hf.validation import late_error
 
@@ -41,7 +41,7 @@ def refuse_to_pack(layers: Sequence[RotorQuantLayer]) -> None:
 
 
 def refuse_noted(layers: Sequence[Any], new_tokens: bool) -> None:
-    """Takes back the tokens from the first one noted on; for layers between two passes.
+    """Takes back the tokens from the first one noted on, out of layers ahead in a pass too.
 
     Args:
         layers: All layers of a cache.
@@ -50,21 +50,37 @@ def refuse_noted(layers: Sequence[Any], new_tokens: bool) -> None:
     Raises:
         ValueError: One is noted. Where a layer cannot give it back, all layers are as they were.
     """
-    packed = [layer for layer in layers if isinstance(layer, RotorQuantLayer)]
+    packed = _packed(layers)
     if not is_noted(packed):
         return
     wait_for_notes(packed)
     place, where = _first_noted(packed)
     back = where.get_seq_length() - place
-    removals = [_removal(layer, place, back) for layer in layers]
-    obstacle = _obstacle(layers, removals)
+    obstacle = _obstacle(layers, place)
     if obstacle is None:
-        for layer, removal in zip(layers, removals, strict=True):
+        for layer in layers:
             if isinstance(layer, RotorQuantLayer):
                 layer.take_back(place)
-            elif removal and not holds_nothing(layer):
-                layer.crop(removal)
+            elif _removal(layer, place) and not holds_nothing(layer):
+                layer.crop(_removal(layer, place))
     raise late_error(where.name, place, back, obstacle, new_tokens)
+
+
+def can_take_back(layers: Sequence[Any], length: int) -> bool:
+    """Whether one of the first `length` tokens is noted, which `refuse_noted` can take back.
+
+    Waits for all kernels so far.
+    """
+    packed = _packed(layers)
+    wait_for_notes(packed)
+    if not is_noted(packed):
+        return False
+    place, _ = _first_noted(packed)
+    return place < length and _obstacle(layers, place) is None
+
+
+def _packed(layers: Sequence[Any]) -> list[RotorQuantLayer]:
+    return [layer for layer in layers if isinstance(layer, RotorQuantLayer)]
 
 
 def _first_noted(layers: Sequence[RotorQuantLayer]) -> tuple[int, RotorQuantLayer]:
@@ -73,17 +89,22 @@ def _first_noted(layers: Sequence[RotorQuantLayer]) -> tuple[int, RotorQuantLaye
     return min(((at, x) for at, x in noted if at is not None), key=lambda pair: pair[0])
 
 
-def _removal(layer: Any, length: int, otherwise: int) -> int:
+def _removal(layer: Any, length: int) -> int:
     """Returns what `crop` of a layer takes to leave `length` tokens."""
-    if not isinstance(layer, CacheLayerMixin):
-        # linear attention does not count
-        return -otherwise
     return min(0, length - int(layer.get_seq_length()))
 
 
-def _obstacle(layers: Sequence[Any], removals: list[int]) -> str | None:
-    for i, (layer, removal) in enumerate(zip(layers, removals, strict=True)):
-        obstacle = crop_obstacle(layer, removal) if removal else None
+def _obstacle(layers: Sequence[Any], length: int) -> str | None:
+    for i, layer in enumerate(layers):
+        obstacle = _obstacle_of(layer, length)
         if obstacle is not None:
             return f"layer {i}: {obstacle}"
     return None
+
+
+def _obstacle_of(layer: Any, length: int) -> str | None:
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        # it does not count tokens, and what it records is gone with the next crop
+        return None if holds_nothing(layer) else f"it cannot go back some steps; {INSTEAD}"
+    removal = _removal(layer, length)
+    return crop_obstacle(layer, removal) if removal else None

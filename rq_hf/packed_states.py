@@ -166,6 +166,7 @@ class PackedStates:
             *(torch.cat((s, x[:, :, leaving:]), 2) for s, x in zip(sinks, rest, strict=True))
         )
         self.preconditioner, self.padding = preconditioner, padding
+        self.statistics.forget_marks()
 
     def _find_sinks(self, rows: list[Tensor]) -> tuple[list[Tensor], Tensor | None]:
         """Returns each sequence's first real tokens, and its padding as far as it is skipped."""

@@ -44,6 +44,10 @@ class QueryStatistics:
         if self.total is not None and not bool(torch.isfinite(self.total).all()):
             self.total = self.count = None
 
+    def forget_marks(self) -> None:
+        """Lets go of what was marked: nothing is measured any more."""
+        self._marks.clear()
+
     def _unmark(self, length: int) -> None:
         """Forgets the marks of `length` tokens and more."""
         while self._marks and self._marks[-1][0] >= length:
@@ -79,7 +83,7 @@ class QueryStatistics:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
         """Applies `function` to every tensor, all batch first; what was marked is forgotten."""
-        self._marks.clear()
+        self.forget_marks()
         for name in ("total", "count", "padding"):
             tensor = getattr(self, name)
             if tensor is not None:

@@ -147,5 +147,7 @@ class WatchedStates(PackedStates):
 
     def take_back(self, length: int) -> None:
         """Drops all tokens but the first `length`, and what their queries have shown."""
-        self.crop(min(0, length - self.get_seq_length()))
-        self.statistics.go_back(length)
+        removal = length - self.get_seq_length()
+        if removal < 0:
+            self.crop(removal)
+            self.statistics.go_back(length)

@@ -296,10 +296,10 @@ def _balance(key_power: Tensor, query_power: Tensor | None, limit: float) -> Ten
 
 
 def _log_power(power: Tensor) -> Tensor:
-    """log of a power relative to the mean of its channels; 0 where all of them are dead."""
+    """log of a power relative to the mean of its channels; 0 where that is 0 or not finite."""
     average = power.mean(-1, keepdim=True)
     relative = (power / average).clamp_min(_POWER_FLOOR)
-    return relative.where(average > 0, 1).log()
+    return relative.where((average > 0) & average.isfinite(), 1).log()
 
 
 def _energy(mean: Tensor) -> Tensor:

@@ -404,32 +404,79 @@ def test_layers_that_some_passes_leave_out() -> None:
 
 
 @pytest.mark.parametrize(("family", "recorded"), [("lfm2", True), ("qwen3-next", False)])
-def test_states_that_were_recorded_go_back(family: str, recorded: bool) -> None:
+@pytest.mark.parametrize("since", [0, 2])
+def test_linear_attention_and_convolutions_ask_for_a_reset(
+    late: Late, family: str, recorded: bool, since: int
+) -> None:
+    """A convolution's record is gone with the first crop: a second would cut into its states."""
     model = make_model(family, head_dim=HEAD_DIM)
-    cache, fresh = (RotorQuantCache(config=model.config, **SETTINGS) for _ in range(2))
+    cache = RotorQuantCache(config=model.config, **SETTINGS)
     tokens = make_tokens(64)
+
+    @torch.no_grad()
+    def forward(first: int, last: int) -> Tensor:
+        return model(tokens[:, first:last], past_key_values=cache).logits
+
+    if recorded:
+        cache.activate_past_recording()
+    forward(0, 40), forward(40, 41)
+    weight = model.model.layers[1].self_attn.v_proj.weight
+    whole = weight.detach().clone()
+    with torch.no_grad():
+        weight[0, 0] = NAN
+    forward(41, 42)
+    with torch.no_grad():
+        weight.copy_(whole)
+    for i in range(since):
+        forward(42 + i, 43 + i)
+    late.arrived = True
+    message = r"layer 1: .* token 41 are .*stored still.* layer 0: .*reset\(\) the cache"
+    with pytest.raises(ValueError, match=message):
+        forward(42 + since, 43 + since)
+    assert cache.get_seq_length(1) == 42 + since
+    cache.reset()
+    fresh = model(tokens, past_key_values=RotorQuantCache(config=model.config, **SETTINGS)).logits
+    torch.testing.assert_close(forward(0, 64), fresh)
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_recorded_windows_go_back_once(late: Late, check: bool) -> None:
+    """Told where a layer is about to pack, with windows ahead that hold the new tokens already."""
+    model = make_model("gemma3", head_dim=HEAD_DIM)
+    cache, fresh = (RotorQuantCache(config=model.config, **SETTINGS) for _ in range(2))
+    tokens = make_tokens(ROOM)
 
     @torch.no_grad()
     def forward(each: RotorQuantCache, first: int, last: int) -> Tensor:
         return model(tokens[:, first:last], past_key_values=each).logits
 
     for each in (cache, fresh):
-        if recorded:
-            each.activate_past_recording()
-        forward(each, 0, 40), forward(each, 40, 41)
-    weight = model.model.layers[1].self_attn.v_proj.weight
+        each.activate_past_recording()
+        forward(each, 0, PROMPT + LEFT - 2)
+    at = PROMPT + LEFT - 2
+    packed = next(i for i, x in enumerate(cache.layers) if isinstance(x, RotorQuantLayer))
+    weight = model.model.layers[packed].self_attn.v_proj.weight
     whole = weight.detach().clone()
     with torch.no_grad():
         weight[0, 0] = NAN
-    forward(cache, 41, 42)
+    forward(cache, at, at + 1)
     with torch.no_grad():
         weight.copy_(whole)
-    message = "it was taken back" if recorded else r"stored still.* layer 0: .*reset\(\) the cache"
-    with pytest.raises(ValueError, match=f"layer 1: .* token 41 are .*{message}"):
-        forward(cache, 42, 43)
-    if recorded:
-        assert torch.equal(forward(cache, 41, 42), forward(fresh, 41, 42))
-        assert torch.equal(forward(cache, 42, 45), forward(fresh, 42, 45))
+    with pytest.raises(ValueError, match=f"token {at} are .*was taken back"):
+        cache.check_steps() if check else forward(cache, at + 1, at + 4)
+    assert {x.get_seq_length() for x in cache.layers} == {at}
+    torch.testing.assert_close(forward(cache, at, at + 1), forward(fresh, at, at + 1))
+
+
+def test_a_crop_forgets_queries_of_layers_that_were_not_noted() -> None:
+    cache, states = make_cache(), make_states()
+    run(cache, states, 0, 20)
+    wanted = held(cache)
+    spoilt = spoil(states, 20, layer=2)
+    spoilt[1, 2:, :, :, 20, 3] = float("inf")
+    run(cache, spoilt, 20, 21)
+    cache.crop(-1)
+    assert_same(held(cache), wanted)
 
 
 def feed(layer: RotorQuantLayer, states: Tensor, first: int, last: int) -> None:

@@ -345,6 +345,16 @@ class TestMaps:
         )
 
 
+@pytest.mark.parametrize("number", [float("inf"), float("nan")])
+def test_queries_that_are_not_finite_balance_nothing(number: float) -> None:
+    keys, settings = torch.randn(1, 1, 40, 16), StatisticsSettings()
+    power = torch.ones(1, 1, 16)
+    power[..., 3] = number
+    options = {"start": 0, "rope": None, "settings": settings}
+    measured = measure(keys, keys, query_power=power, **options)
+    assert torch.equal(measured.balance, measure(keys, keys, query_power=None, **options).balance)
+
+
 class TestBatches:
     """A sequence is measured as if it were alone and not padded.
 
