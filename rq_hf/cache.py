@@ -138,7 +138,7 @@ class RotorQuantCache(Cache):
             self._check_exact(key_states, value_states, layer_idx)
             states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         except ValueError as error:
-            if can_take_back(self.layers, int(self.layers[layer_idx].get_seq_length())):
+            if can_take_back(self.layers, layer_idx):
                 # out of the layers ahead this takes the new tokens too
                 del self.layers[held:]
                 refuse_noted(self.layers, new_tokens=True)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from transformers.cache_utils import LinearAttentionCacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from rq_hf.cropping import INSTEAD, crop_obstacle, holds_nothing
 from rq_hf.layers import RotorQuantLayer
@@ -66,17 +66,21 @@ def refuse_noted(layers: Sequence[Any], new_tokens: bool) -> None:
     raise late_error(where.name, place, back, obstacle, new_tokens)
 
 
-def can_take_back(layers: Sequence[Any], length: int) -> bool:
-    """Whether one of the first `length` tokens is noted, which `refuse_noted` can take back.
+def can_take_back(layers: Sequence[Any], refusing: int) -> bool:
+    """Whether a token of an earlier pass is noted, which `refuse_noted` can take back.
 
     Waits for all kernels so far.
+
+    Args:
+        layers: All layers of a cache.
+        refusing: Number of the one that has refused the tokens of this pass.
     """
     packed = _packed(layers)
     wait_for_notes(packed)
-    if not is_noted(packed):
+    if not is_noted(packed) or not isinstance(layers[refusing], CacheLayerMixin):
         return False
     place, _ = _first_noted(packed)
-    return place < length and _obstacle(layers, place) is None
+    return place < layers[refusing].get_seq_length() and _obstacle(layers, place) is None
 
 
 def _packed(layers: Sequence[Any]) -> list[RotorQuantLayer]:
