@@ -61,7 +61,7 @@ def refuse_noted(layers: Sequence[Any], new_tokens: bool) -> None:
         for layer in layers:
             if isinstance(layer, RotorQuantLayer):
                 layer.take_back(place)
-            elif _removal(layer, place) and not holds_nothing(layer):
+            elif _removal(layer, place):
                 layer.crop(_removal(layer, place))
     raise late_error(where.name, place, back, obstacle, new_tokens)
 
@@ -94,7 +94,10 @@ def _first_noted(layers: Sequence[RotorQuantLayer]) -> tuple[int, RotorQuantLaye
 
 
 def _removal(layer: Any, length: int) -> int:
-    """Returns what `crop` of a layer takes to leave `length` tokens."""
+    """Returns what `crop` of a layer takes to leave `length` tokens; 0 where it holds no more."""
+    if not isinstance(layer, CacheLayerMixin):
+        # of linear attention, or one that stores nothing: neither counts tokens
+        return 0
     return min(0, length - int(layer.get_seq_length()))
 
 
@@ -108,7 +111,7 @@ def _obstacle(layers: Sequence[Any], length: int) -> str | None:
 
 def _obstacle_of(layer: Any, length: int) -> str | None:
     if isinstance(layer, LinearAttentionCacheLayerMixin):
-        # it does not count tokens, and what it records is gone with the next crop
+        # what a convolution records is gone with the next crop
         return None if holds_nothing(layer) else f"it cannot go back some steps; {INSTEAD}"
     removal = _removal(layer, length)
     return crop_obstacle(layer, removal) if removal else None

@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from support.models import make_model, make_tokens
 from support.refusals import INF, NAN, assert_holds, contents
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import Cache
+from transformers import Cache, cache_utils
 
 from rq_hf import RotorQuantCache, RotorQuantConfig, watched_states
 from rq_hf.layers import RotorQuantLayer
@@ -442,6 +444,8 @@ def test_linear_attention_and_convolutions_ask_for_a_reset(
 @pytest.mark.parametrize("check", [True, False])
 def test_recorded_windows_go_back_once(late: Late, check: bool) -> None:
     """Told where a layer is about to pack, with windows ahead that hold the new tokens already."""
+    if not check and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("several tokens behind one that was recorded fail here with any cache")
     model = make_model("gemma3", head_dim=HEAD_DIM)
     cache, fresh = (RotorQuantCache(config=model.config, **SETTINGS) for _ in range(2))
     tokens = make_tokens(ROOM)
@@ -451,8 +455,8 @@ def test_recorded_windows_go_back_once(late: Late, check: bool) -> None:
         return model(tokens[:, first:last], past_key_values=each).logits
 
     for each in (cache, fresh):
-        each.activate_past_recording()
         forward(each, 0, PROMPT + LEFT - 2)
+        each.activate_past_recording()
     at = PROMPT + LEFT - 2
     packed = next(i for i, x in enumerate(cache.layers) if isinstance(x, RotorQuantLayer))
     weight = model.model.layers[packed].self_attn.v_proj.weight
@@ -466,6 +470,20 @@ def test_recorded_windows_go_back_once(late: Late, check: bool) -> None:
         cache.check_steps() if check else forward(cache, at + 1, at + 4)
     assert {x.get_seq_length() for x in cache.layers} == {at}
     torch.testing.assert_close(forward(cache, at, at + 1), forward(fresh, at, at + 1))
+
+
+def test_layers_that_store_nothing_are_left_alone() -> None:
+    """As newer hosts have them for blocks without attention; they count no tokens."""
+    if not hasattr(cache_utils, "DummyLayer"):
+        pytest.skip("this version of transformers has no such layers")
+    cache, states = make_cache(), make_states()
+    cache.layers.append(cache_utils.DummyLayer())
+    run(cache, states, 0, 20)
+    wanted = held(cache)
+    run(cache, spoil(states, 20), 20, 21)
+    with pytest.raises(ValueError, match=r"token 20 are .*it was taken back"):
+        cache.check_steps()
+    assert_same(held(cache), wanted)
 
 
 def test_a_crop_forgets_queries_of_layers_that_were_not_noted() -> None:
