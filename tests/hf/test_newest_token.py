@@ -111,7 +111,8 @@ def test_a_waiting_token_is_never_lost(what: str) -> None:
         wanted = query @ theirs[0].repeat_interleave(2, 1).transpose(2, 3)
         torch.testing.assert_close(scores, wanted, atol=1e-4, rtol=1e-4)
     for mine, other in ((layer.keys, plain.keys), (layer.values, plain.values)):
-        assert mine is not None and other is not None and torch.equal(mine, other)
+        # scales of packed tokens are rounded to float16, a few of them the other way
+        torch.testing.assert_close(mine, other, atol=2.0**-8, rtol=2.0**-8)
     assert layer.get_seq_length() == plain.get_seq_length()
     assert layer._pending is None
 

@@ -174,7 +174,7 @@ def test_graphs_keep_tables_and_no_buffers(monkeypatch: pytest.MonkeyPatch) -> N
     append_launch.append_tokens(codec, pre, key, value, buffers)
     read, _ = append_launch.shared_arguments(codec, pre, buffers)
     constant = {id(x) for x in tree_leaves(read) if isinstance(x, Tensor)}
-    assert {id(x) for x in read["turns"][:4]} < constant
+    assert {id(x) for x in read["turns"][:2]} < constant
     assert constant == set(tables._in_graphs)
 
 

@@ -68,16 +68,14 @@ class Statistics(NamedTuple):
 class Turns(NamedTuple):
     """Cosines and sines that RoPE turns pairs by, float32; and the pairs themselves.
 
-    tile_cos, tile_sin: To the first row of each tile, [n, D / 2].
-    row_cos, row_sin: From there to each row, [T, D / 2].
+    tile: To the first row of each tile, [n, 2, D / 2].
+    row: From there to each row, [T, 2, D / 2].
     pairs: Dimensions of the pairs, int32 [2, D / 2].
     halves: Constant: whether the pairs are (i, D / 2 + i).
     """
 
-    tile_cos: Any
-    tile_sin: Any
-    row_cos: Any
-    row_sin: Any
+    tile: Any
+    row: Any
     pairs: Any
     halves: Any
 
@@ -104,7 +102,7 @@ class Book(NamedTuple):
     table: Beyond 4 bits: 2**(b-1) positive edges (the last unused) and as many levels, float32.
     bits: Constant.
     edges, units: Constant, up to 4 bits: positive boundaries, and levels over `step`.
-    tagged: Constant, up to 4 bits: `units` with their codes in the lowest 4 bits.
+    tagged: Constant, up to 4 bits: `units` and 2**-16 times their codes.
     step: Constant: unit of the levels.
     """
 
@@ -117,9 +115,9 @@ class Book(NamedTuple):
 
 
 class InputScales(NamedTuple):
-    """Inverse input scales that "search" tries, float32, and their constant number."""
+    """Input scales that "search" tries, float32, and their constant number."""
 
-    inverse: Any
+    factor: Any
     count: Any
 
 

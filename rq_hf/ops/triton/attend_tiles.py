@@ -16,7 +16,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from rq_hf.ops.triton.mean_term import mean_products
+from rq_hf.ops.triton.mean_term import fast_coefficients, mean_products
 from rq_hf.ops.triton.operands import in_lanes, operands, operands_1
 from rq_hf.ops.triton.tile_loads import (
     ask_for_angles,
@@ -144,6 +144,8 @@ def attend_tiles(
     LOAD: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [1, 1], [1, 0])
     LN: gl.constexpr = gl.BlockedLayout([1, T // 8], [8, 4], [1, 1], [1, 0])
     WIDE: gl.constexpr = D == 256
+    # of these heads no words wait in registers, and more pairs are fast
+    HELD: gl.constexpr = WIDE and not STAGED
     JOINED: gl.constexpr = D == 64 and KEY_BITS != 4
     SIGN_JOINED: gl.constexpr = D == 64
     KEY_BLOCKS: gl.constexpr = 2 if WIDE else 1
@@ -222,10 +224,10 @@ def attend_tiles(
         )
         async_copy.commit_group()
     elif not WIDE:
-        k0w, k1w, k2w = load_words(here, key_at, KEY_LOAD, KEY_BITS)
-        v0w, v1w, v2w = load_words(here, value_at, VALUE_PLANE, VALUE_BITS)
+        k0w, k1w, k2w = load_words(here, key_at, KEY_LOAD, KEY_BITS, WIDE)
+        v0w, v1w, v2w = load_words(here, value_at, VALUE_PLANE, VALUE_BITS, WIDE)
         if SKETCH:
-            sw = load_once(here + sign_at)
+            sw = load_once(here + sign_at, WIDE)
     if CHAINED:
         # all above was there before `prepare`, all below is its work
         gdc_wait()
@@ -297,6 +299,10 @@ def attend_tiles(
         sums = gl.convert_layout(gl.max(sums, 0) * -64, gl.SliceLayout(0, M))
         start_products = zero_scores + sums[None, :]
 
+    if PAIRS > 0:
+        coef = COEF + unit * (2 * H * PAIRS)
+        if HELD:
+            coef = fast_coefficients(coef, H, PAIRS, HALVES)
     maximum = gl.full([H], -1e30, gl.float32, layout=gl.SliceLayout(0, S))
     total = gl.full([H], 0.0, gl.float32, layout=gl.SliceLayout(0, S))
     out0 = gl.full([VALUE_ROWS, H], 0.0, gl.float32, layout=O)
@@ -324,7 +330,7 @@ def attend_tiles(
         if STAGED:
             k0w, k1w, k2w = staged_words(key_words, 0, KEY_PLANES, LOAD)
         elif WIDE:
-            k0w, k1w, k2w = load_words(here, key_at, KEY_LOAD, KEY_BITS)
+            k0w, k1w, k2w = load_words(here, key_at, KEY_LOAD, KEY_BITS, WIDE)
         c0, c1, c2, c3 = operands(
             k0w, k1w, k2w, k0_, k1_, k2_, k3_, KEY_ROWS, KEY_WIDTH, KEY_BITS, A
         )
@@ -335,20 +341,20 @@ def attend_tiles(
             if STAGED:
                 k0w, k1w, k2w = staged_words(key_words, 1, KEY_PLANES, LOAD)
             else:
-                k0w, k1w, k2w = load_words(here + KEY_BLOCK, key_at, KEY_LOAD, KEY_BITS)
+                k0w, k1w, k2w = load_words(here + KEY_BLOCK, key_at, KEY_LOAD, KEY_BITS, WIDE)
             c0, c1, c2, c3 = operands(
                 k0w, k1w, k2w, k0_, k1_, k2_, k3_, KEY_ROWS, KEY_WIDTH, KEY_BITS, A
             )
             products = block_products(c0, c1, c2, c3, q4, q5, q6, q7, products, KEY_FOUR, JOINED, M)
         if not STAGED and not WIDE:
-            k0w, k1w, k2w = load_words(after, key_at, KEY_LOAD, KEY_BITS)
+            k0w, k1w, k2w = load_words(after, key_at, KEY_LOAD, KEY_BITS, WIDE)
         score = high_low(products, T, H) * (key_scale[:, None] * row_scale[None, :])
         if SKETCH:
             sign_scale_of = staged_scales(stage, half * SCALE_ROWS + 2, T, LN, gl.SliceLayout(1, S))
             if STAGED:
                 sw = sign_words.index(0).load(LOAD)
             elif WIDE:
-                sw = load_once(here + sign_at)
+                sw = load_once(here + sign_at, WIDE)
             c0, c1, c2, c3 = operands_1(sw, 0xFF01, T // 2 if SIGN_JOINED else T, A)
             signed = block_products(
                 c0,
@@ -368,11 +374,11 @@ def attend_tiles(
                 if STAGED:
                     sw = sign_words.index(1).load(LOAD)
                 else:
-                    sw = load_once(here + sign_at + SIGN_LOAD)
+                    sw = load_once(here + sign_at + SIGN_LOAD, WIDE)
                 c0, c1, c2, c3 = operands_1(sw, 0xFF01, T, A)
                 signed = block_products(c0, c1, c2, c3, z4, z5, z6, z7, signed, True, False, M)
             if not STAGED and not WIDE:
-                sw = load_once(after + sign_at)
+                sw = load_once(after + sign_at, WIDE)
             score += high_low(signed, T, H) * (sign_scale_of[:, None] * sign_scale[None, :])
         if STAGED:
             ask_for_words(key_words, after + key_at, KEY_BLOCKS, KEY_BLOCK, KEY_PLANES, KEY_LOAD)
@@ -380,7 +386,6 @@ def attend_tiles(
                 ask_for_words(sign_words, after + sign_at, KEY_BLOCKS, SIGN_LOAD, 1, SIGN_LOAD)
             async_copy.commit_group()
         if PAIRS > 0:
-            coef = COEF + unit * (2 * H * PAIRS)
             of_mean = mean_products(
                 ROPE,
                 coef,
@@ -394,6 +399,7 @@ def attend_tiles(
                 PAIRS,
                 HALVES,
                 STEPS,
+                HELD,
                 M,
             )
             high, low = gl.split(gl.reshape(of_mean, [T, H, 2]))
@@ -457,7 +463,7 @@ def attend_tiles(
             async_copy.wait_group(1)
             v0w, v1w, v2w = staged_words(value_words, 0, VALUE_PLANES, LOAD)
         elif WIDE:
-            v0w, v1w, v2w = load_words(here, value_at, VALUE_PLANE, VALUE_BITS)
+            v0w, v1w, v2w = load_words(here, value_at, VALUE_PLANE, VALUE_BITS, WIDE)
         c0, c1, c2, c3 = operands(
             v0w, v1w, v2w, v0_, v1_, v2_, v3_, VALUE_ROWS, VALUE_WIDTH, VALUE_BITS, A
         )
@@ -467,7 +473,9 @@ def attend_tiles(
             if STAGED:
                 v0w, v1w, v2w = staged_words(value_words, 1, VALUE_PLANES, LOAD)
             else:
-                v0w, v1w, v2w = load_words(here + VALUE_LOAD, value_at, VALUE_PLANE, VALUE_BITS)
+                v0w, v1w, v2w = load_words(
+                    here + VALUE_LOAD, value_at, VALUE_PLANE, VALUE_BITS, WIDE
+                )
             c0, c1, c2, c3 = operands(
                 v0w, v1w, v2w, v0_, v1_, v2_, v3_, VALUE_ROWS, VALUE_WIDTH, VALUE_BITS, A
             )
@@ -481,7 +489,7 @@ def attend_tiles(
             )
             async_copy.commit_group()
         elif not WIDE:
-            v0w, v1w, v2w = load_words(after, value_at, VALUE_PLANE, VALUE_BITS)
+            v0w, v1w, v2w = load_words(after, value_at, VALUE_PLANE, VALUE_BITS, WIDE)
 
     # nothing may be under way to a program's memory when it ends
     async_copy.wait_group(0)

@@ -2,7 +2,8 @@
 """The encode kernel: rows of keys or values to packed records, in one pass.
 
 A program takes some tiles of one KV head, keys or values, in blocks of 64 tokens. The rotation, up
-to 128 dimensions, stays in shared memory all the while.
+to 128 dimensions, stays in shared memory all the while; addresses are then computed anew for each
+block, since three programs share the registers of a processor.
 """
 
 import triton
@@ -51,7 +52,7 @@ def encode_kernel(
 
     Args:
         keys, values: `Rows`.
-        key_mean: `KeyMean`.
+        key_mean: `KeyMean`, its members one behind the other: float32 [B, Hk, 4, 2, D / 2].
         turns: `Turns`, or None without RoPE.
         value_mean: float32 [B, Hk, D]; rotated like the rows, [B, Hk, D padded], and subtracted
             behind the rotation for `CENTER_LAST`, so that 16-bit values are rotated as they are.
@@ -78,12 +79,7 @@ def encode_kernel(
         encode_keys(
             data,
             keys.row,
-            KeyMean(
-                key_mean.pre + head * 2 * shape.half,
-                key_mean.cross + head * 2 * shape.half,
-                key_mean.post + head * 2 * shape.half,
-                key_mean.balance + head * 2 * shape.half,
-            ),
+            _key_mean(key_mean + head * 8 * shape.half, 2 * shape.half),
             turns,
             key_rotation,
             key_book,
@@ -138,36 +134,43 @@ def encode_keys(
     OPERANDS: tl.constexpr = 2 if BITS == 4 else 4
     # 64 columns of less than 4 bits are joined: both blocks of a tile share its words
     JOINED: tl.constexpr = shape.fragment and shape.head_dim == 64 and BITS < 4
+    BLOCKS: tl.constexpr = shape.length // ROWS
+    # 256 dimensions leave registers for neither way: compiled so by CUDA 12.8, they were multiplied
+    # by what lies beyond the program's shared memory
+    ANEW: tl.constexpr = shape.padded <= 128
     row = tl.arange(0, ROWS)
     resident = resident_slices(rotation, 2 * shape.key_step, shape)
-    for tile in tl.range(first, last, num_stages=1):
+    fields = tl.zeros([ROWS, 1, 32], tl.int32)
+    signs = tl.zeros([ROWS, 1, 32], tl.int32)
+    # a loop over tiles around one over their blocks would take more registers
+    for block in tl.range(first * BLOCKS, last * BLOCKS, num_stages=1, disable_licm=ANEW):
+        tile = block // BLOCKS
+        s = block - tile * BLOCKS
         tile_rows, words, tile_scales = _tile(data, stride, records, scales, tile, shape)
         sign_words = words + shape.length * shape.head_dim * (BITS + value_book.bits) // 32
-        fields = tl.zeros([ROWS, 1, 32], tl.int32)
-        signs = tl.zeros([ROWS, 1, 32], tl.int32)
-        for s in tl.range(0, shape.length // ROWS, num_stages=1):
-            token = row + s * ROWS
-            rows = tile_rows + token[:, None] * stride
-            y = rotated_keys(rows, token, tile, mean, turns, rotation, resident, shape)
-            codes, scale, units = fit_rows(y, rotation.unscale, input_scales, book, shape, RULE)
-            place = tile_scales + scale_place(token, shape.length)
-            tl.store(place, scale)
-            if sketch is not None:
-                residual = residual_rows(y, units, scale, rotation.unscale, book, shape)
-            if JOINED:
-                fields += join_operands(codes, 2 * s, BITS, 2)
-            elif shape.fragment:
-                joined = join_operands(codes, 0, BITS, OPERANDS)
-                store_columns(words, joined, token, BITS, shape.length)
-            else:
-                store_plain(words, codes, s, shape.head_dim, BITS)
-            if sketch is not None:
-                signs, weight = sketch_rows(residual, signs, sign_words, s, sketch, shape)
-                tl.store(place + 2 * shape.length, to_half(weight * rotation.unscale))
-        if JOINED:
-            store_columns(words, fields, row, BITS, ROWS)
+        token = row + s * ROWS
+        rows = tile_rows + token[:, None] * stride
+        y = rotated_keys(rows, s, tile, mean, turns, rotation, resident, shape)
+        codes, scale, units = fit_rows(y, rotation.unscale, input_scales, book, shape, RULE)
+        place = tile_scales + scale_place(token, shape.length)
+        tl.store(place, scale)
         if sketch is not None:
-            store_joined_signs(sign_words, signs, sketch, shape)
+            residual = residual_rows(y, units, scale, rotation.unscale, book, shape)
+        if JOINED:
+            fields = tl.where(s == 0, 0, fields) + join_operands(codes, 2 * s, BITS, 2)
+            if s == BLOCKS - 1:
+                store_columns(words, fields, row, BITS, ROWS)
+        elif shape.fragment:
+            joined = join_operands(codes, 0, BITS, OPERANDS)
+            store_columns(words, joined, token, BITS, shape.length)
+        else:
+            store_plain(words, codes, s, shape.head_dim, BITS)
+        if sketch is not None:
+            signs = tl.where(s == 0, 0, signs)
+            signs, weight = sketch_rows(residual, signs, sign_words, s, sketch, shape)
+            tl.store(place + 2 * shape.length, to_half(weight * rotation.unscale))
+            if s == BLOCKS - 1:
+                store_joined_signs(sign_words, signs, sketch, shape)
 
 
 @triton.jit
@@ -187,12 +190,13 @@ def encode_values(
     CENTER_LAST: tl.constexpr,
 ):
     BITS: tl.constexpr = book.bits
+    ANEW: tl.constexpr = shape.padded <= 128
     row = tl.arange(0, ROWS)
     resident = resident_slices(rotation, shape.value_step, shape)
-    for tile in tl.range(first, last, num_stages=1):
+    for tile in tl.range(first, last, num_stages=1, disable_licm=ANEW):
         tile_rows, words, tile_scales = _tile(data, stride, records, scales, tile, shape)
         fields = tl.zeros([4, 8, shape.padded], tl.int32)
-        for s in tl.range(0, shape.length // ROWS, num_stages=1):
+        for s in tl.range(0, shape.length // ROWS, num_stages=1, disable_licm=ANEW):
             token = value_token(row, s, BITS) if shape.fragment else row + s * ROWS
             rows = tile_rows + token[:, None] * stride
             y = rotated_values(rows, mean, rotation, resident, shape, CENTER_LAST)
@@ -204,6 +208,12 @@ def encode_values(
                 store_plain(words, codes, s, shape.head_dim, BITS)
         if shape.fragment:
             store_value_rows(words, fields, BITS, shape.length)
+
+
+@triton.jit
+def _key_mean(numbers, dim: tl.constexpr):
+    # of one address the others are known
+    return KeyMean(numbers, numbers + dim, numbers + 2 * dim, numbers + 3 * dim)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rq_hf.ops.triton.arguments import Rows
+from rq_hf.ops.triton.arguments import Matrix, Rows
 from rq_hf.ops.triton.encode import encode_kernel
 from rq_hf.ops.triton.launching import compute_dtype, interpreting, on_device, processors
 from rq_hf.ops.triton.means import Pairing, key_mean, rotated_mean, turns
@@ -23,10 +23,11 @@ from rq_hf.quant.preconditioning import Preconditioner
 from rq_hf.quant.prod_quantizer import ProdQuantizer
 from rq_hf.quant.tiles import TileCodec
 
-# registers of a thread at most; None leaves it to the compiler
-REGISTERS: int | None = None
+# registers of a thread at most, where that lets a third program onto a processor; None leaves it to
+# the compiler
+REGISTERS: int | None = 168
 # programs for a processor, at least: enough to even out their times
-_PROGRAMS_EACH = 8
+_PROGRAMS_EACH = 12
 # a program loads a matrix as large as two to four tiles: more tiles than these share no better
 _MOST_TILES = 8
 
@@ -85,9 +86,21 @@ def encode_arguments(
         "tiles_each": max(1, min(_MOST_TILES, tiles, tiles_each)),
         **constants,
     }
-    if REGISTERS is not None and not interpreting():
+    if REGISTERS is not None and _has_room(constants, keys.device):
         options["maxnreg"] = REGISTERS
     return arguments, options
+
+
+def _has_room(constants: dict[str, Any], device: torch.device) -> bool:
+    """Whether shared memory has room for three programs."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
+        return False
+    return _small(constants["key_rotation"], constants["value_rotation"]) and not interpreting()
+
+
+def _small(*matrices: Matrix) -> bool:
+    """Whether matrices leave most of the shared memory to rows."""
+    return all(x.high.shape[0] <= 128 and not x.has_low.value for x in matrices)
 
 
 def codec_arguments(
@@ -108,18 +121,18 @@ def codec_arguments(
     exact = values in (torch.bfloat16, torch.float16)
     value_dtype = compute_dtype(device, values) if exact else narrow
     keys = codec.key_quantizer
+    key_rotation = plan_rotation(keys.rotation, pairing, fragment, narrow, device)
+    value_rotation = plan_rotation(codec.value_quantizer.rotation, None, False, value_dtype, device)
     constants = {
-        "key_rotation": plan_rotation(keys.rotation, pairing, fragment, narrow, device),
-        "value_rotation": plan_rotation(
-            codec.value_quantizer.rotation, None, False, value_dtype, device
-        ),
+        "key_rotation": key_rotation,
+        "value_rotation": value_rotation,
         "key_book": plan_book(keys.codebook, device),
         "value_book": plan_book(codec.value_quantizer.codebook, device),
         "sketch": plan_sketch(keys, fragment, narrow, device)
         if isinstance(keys, ProdQuantizer)
         else None,
         "input_scales": plan_input_scales(device),
-        "shape": shape_of(layout),
+        "shape": shape_of(layout, wide=_small(key_rotation, value_rotation)),
         "RULE": codec.value_quantizer.scale,
         "CENTER_LAST": exact,
     }

@@ -121,42 +121,35 @@ def store_value_rows(words_ptr, fields, BITS: tl.constexpr, LENGTH: tl.constexpr
     D: tl.constexpr = fields.shape[2]
     d = tl.arange(0, D)
     two = tl.arange(0, 2)
-    row = d[None, :]
-    first, second = two[:, None, None], two[None, :, None]
+    # a split brings both of a pair to one thread, by way of shared memory
+    pairs = _join(tl.reshape(tl.trans(fields, (0, 2, 1)), [4, D, 2, 2, 2]), 4)
     if BITS == 4:
-        split = tl.reshape(fields, [4, 2, 2, 2, D])
-        words = tl.sum(split << (4 * two[None, None, None, :, None]), 3)
         if LENGTH == 64:
-            words = tl.sum(words << (16 * two[None, :, None, None]), 1)
-            _store_by_t(words_ptr, words, word_of(row // 16, row, two[:, None], BITS))
+            words = _join(tl.trans(pairs, (0, 1, 3, 2)), 16)
+            at = word_of(d[:, None] // 16, d[:, None], two[None, :], BITS)
         else:
-            chunk = 2 * (d[None, None, :] // 16) + first
-            _store_by_t(words_ptr, words, word_of(chunk, d[None, None, :], second, BITS))
+            row = d[:, None, None]
+            words = pairs
+            at = word_of(2 * (row // 16) + two[None, :, None], row, two[None, None, :], BITS)
+        _store_by_t(words_ptr, words, at)
+    elif BITS == 2:
+        at = word_of(d[:, None] // 16, d[:, None], two[None, :], BITS)
+        _store_by_t(words_ptr, _join(pairs, 8), at)
+    elif BITS == 1:
+        _store_by_t(words_ptr, _join(_join(pairs, 8), 16), word_of(d // 32, d, 0, BITS))
     else:
-        pairs = tl.reshape(fields, [4, 2, 2, 2, D]) << (4 * two[None, None, None, :, None])
-        pairs = tl.sum(pairs, 3)
-        j1 = 8 * two[None, None, :, None]
-        if BITS == 2:
-            words = tl.sum(pairs << j1, 2)
-            _store_by_t(words_ptr, words, word_of(row // 16, row, two[:, None], BITS))
-        elif BITS == 1:
-            halves = tl.sum(pairs << j1, 2)
-            _store_plane(words_ptr, halves, 0, BITS)
-        else:
-            # neighbouring lanes exchange two planes at a time
-            both = tl.sum(((pairs & 0xFF) | ((pairs & 0xFF00) << 8)) << j1, 2)
-            _store_plane(words_ptr, both & 0xFFFF, 0, BITS)
-            _store_plane(words_ptr, (both >> 16) & 0xFFFF, 1, BITS)
-            _store_plane(words_ptr, tl.sum((pairs >> 16) << j1, 2), 2, BITS)
+        first, second = tl.split(pairs)
+        for x in tl.static_range(3):
+            byte = ((first >> (8 * x)) & 0xFF) | (((second >> (8 * x)) & 0xFF) << 8)
+            at = word_of(d // 32 + x * (D // 32), d, 0, BITS)
+            _store_by_t(words_ptr, _join(byte, 16), at)
 
 
 @triton.jit
-def _store_plane(words_ptr, halves, x, BITS: tl.constexpr):
-    """Stores half words [4, 2, D] of a plane of values."""
-    D: tl.constexpr = halves.shape[2]
-    d = tl.arange(0, D)
-    words = tl.sum(halves << (16 * tl.arange(0, 2)[None, :, None]), 1)
-    _store_by_t(words_ptr, words, word_of(d // 32 + x * (D // 32), d, 0, BITS))
+def _join(fields, shift: tl.constexpr):
+    """Both fields of the last axis together, the second one `shift` bits up."""
+    first, second = tl.split(fields)
+    return first | (second << shift)
 
 
 @triton.jit

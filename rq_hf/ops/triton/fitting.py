@@ -2,57 +2,81 @@
 """Codes and scales of rotated vectors, in kernels: `rq_hf.quant.scale_fit` line by line.
 
 Codebooks are symmetric, so magnitudes are compared and the sign is put back. Levels count in
-units of the codebook's step; up to 4 bits these are whole numbers of few digits, and the lowest
-bits of such a float32 can carry its code: one selection finds both. Rows are not divided by their
-norm; the boundaries are multiplied by it.
+units of the codebook's step; up to 4 bits these are whole numbers of few digits, and a float32 has
+room for a code behind the point: one sum finds both. Rows are not divided by their norm; what
+compares them with boundaries is.
+
+A comparison and a selection take the integer half of a GPU's units, and an encoder has too many of
+both. So a step at a boundary is a steep line cut off at 0 and 1, and a level the sum of the steps
+below it: one multiply-add each.
 """
 
 import triton
 import triton.language as tl
 
 LARGEST_HALF = tl.constexpr(65504.0)
-# the norm beyond which squares overflow: codes saturate there, and so does the scale
-LARGEST_NORM = tl.constexpr(1.8446743e19)
+# the square of a norm is cut off there: codes saturate, and so does the scale
+LARGEST_SQUARE = tl.constexpr(3.4e38)
+# the square of a norm below which the scale is 0, whatever the codes
+SMALLEST_SQUARE = tl.constexpr(1e-36)
+# slope of a step: more than products of two float32 have digits, so that none ends between 0 and 1
+STEEP = tl.constexpr(2.0**60)
+# what brings the codes behind the point of a sum below 256 into the lowest bits
+TO_LOWEST = tl.constexpr(128.0)
 
 
 @triton.jit
-def select_levels(size, factor, book, levels):
-    """The one of the positive `levels` that magnitudes are nearest to, edges times `factor`."""
+def select_levels(size, stretch, book, levels):
+    """The one of the positive `levels` that magnitudes times `stretch` are nearest to."""
     chosen = tl.full(size.shape, levels[0], tl.float32)
     for j in tl.static_range(2 ** (book.bits - 1) - 1):
-        chosen = tl.where(size > book.edges[j] * factor, levels[j + 1], chosen)
+        step = tl.clamp(tl.fma(size, stretch * STEEP, -book.edges[j] * STEEP), 0.0, 1.0)
+        chosen = tl.fma(step, levels[j + 1] - levels[j], chosen)
     return chosen
 
 
 @triton.jit
-def search_index(size, factor, book):
-    """Index of the positive level that magnitudes are nearest to, edges times `factor`."""
+def search_index(size, stretch, book):
+    """Index of the positive level that magnitudes times `stretch` are nearest to."""
     index = tl.zeros(size.shape, tl.int32)
     for k in tl.static_range(1, book.bits):
         edge = tl.load(book.table + index + (2 ** (book.bits - 1 - k) - 1))
-        index = tl.where(size > edge * factor, index + 2 ** (book.bits - 1 - k), index)
+        index = tl.where(size * stretch > edge, index + 2 ** (book.bits - 1 - k), index)
     return index
 
 
 @triton.jit
-def nearest_units(size, factor, book):
-    """Units of the levels that magnitudes are nearest to, edges times `factor`."""
+def nearest_units(size, stretch, book):
+    """Units of the levels that magnitudes times `stretch` are nearest to."""
     if book.bits <= 4:
-        return select_levels(size, factor, book, book.units)
+        return select_levels(size, stretch, book, book.units)
     else:
-        index = search_index(size, factor, book)
+        index = search_index(size, stretch, book)
         return tl.load(book.table + index + 2 ** (book.bits - 1))
 
 
 @triton.jit
-def nearest(size, factor, book):
-    """`nearest_units`, and codes of the positive levels in the lowest bits of an int32."""
+def nearest(size, stretch, book):
+    """`nearest_units`, and codes of the positive levels in the lowest bits of an int32.
+
+    Up to 4 bits the units are off by what their codes add: 2**-16 each.
+    """
     if book.bits <= 4:
-        tagged = select_levels(size, factor, book, book.tagged).to(tl.int32, bitcast=True)
-        return (tagged & -16).to(tl.float32, bitcast=True), tagged
+        tagged = select_levels(size, stretch, book, book.tagged)
+        return tagged, (tagged + TO_LOWEST).to(tl.int32, bitcast=True)
     else:
-        code = search_index(size, factor, book) + 2 ** (book.bits - 1)
+        code = search_index(size, stretch, book) + 2 ** (book.bits - 1)
         return tl.load(book.table + code), code
+
+
+@triton.jit
+def whole_units(units, book):
+    """Units without what codes add."""
+    if book.bits <= 4:
+        bits = (units + TO_LOWEST).to(tl.int32, bitcast=True) & -65536
+        return bits.to(tl.float32, bitcast=True) - TO_LOWEST
+    else:
+        return units
 
 
 @triton.jit
@@ -64,17 +88,16 @@ def level_sums(size, units, shape):
 
 
 @triton.jit
-def best_factor(size, norm, input_scales, book, shape):
-    """The norm over the input scale of the least squared error, [R]."""
-    best = norm
-    explained = tl.full(norm.shape, -1.0, tl.float32)
-    unit = tl.where(norm > 0, 1.0 / norm, 0.0)
+def best_stretch(size, inverse, input_scales, book, shape):
+    """The inverse norm times the input scale of the least squared error, [R]."""
+    best = inverse
+    explained = tl.full(inverse.shape, -1.0, tl.float32)
     for i in tl.range(input_scales.count, num_stages=1):
-        factor = norm * tl.load(input_scales.inverse + i)
-        product, energy = level_sums(size, nearest_units(size, factor[:, None], book), shape)
-        product *= unit
+        stretch = inverse * tl.load(input_scales.factor + i)
+        product, energy = level_sums(size, nearest_units(size, stretch[:, None], book), shape)
+        product *= inverse
         gain = product * product / energy
-        best = tl.where(gain > explained, factor, best)
+        best = tl.where(gain > explained, stretch, best)
         explained = tl.maximum(gain, explained)
     return best
 
@@ -91,15 +114,16 @@ def fit_rows(y, unscale, input_scales, book, shape, RULE: tl.constexpr):
         shape: `Shape`.
         RULE: Scale rule.
     """
-    norm = tl.minimum(tl.sqrt(tl.sum(y * y, 1)), LARGEST_NORM)
+    square = tl.minimum(tl.sum(y * y, 1), LARGEST_SQUARE)
     size = tl.abs(y)
-    factor = norm
+    stretch = tl.where(square > SMALLEST_SQUARE, tl.rsqrt(square), 0.0)
     # one bit has one magnitude, whatever the scale
     if RULE == "search" and book.bits > 1:
-        factor = best_factor(size, norm, input_scales, book, shape)
-    units, codes = nearest(size, factor[:, None], book)
-    scale = norm
-    if RULE != "norm":
+        stretch = best_stretch(size, stretch, input_scales, book, shape)
+    units, codes = nearest(size, stretch[:, None], book)
+    if RULE == "norm":
+        scale = tl.sqrt(square)
+    else:
         product, energy = level_sums(size, units, shape)
         scale = product / (energy * book.step)
     negative = y.to(tl.int32, bitcast=True) >> 31
@@ -115,7 +139,7 @@ def to_half(scale):
 @triton.jit
 def residual_rows(y, units, scale, unscale, book, shape):
     """What the stored record leaves of rows [R, D padded], multiplied like them."""
-    levels = units * (scale.to(tl.float32) * book.step / unscale)[:, None]
+    levels = whole_units(units, book) * (scale.to(tl.float32) * book.step / unscale)[:, None]
     residual = y - tl.where(y < 0, -levels, levels)
     if shape.head_dim < shape.padded:
         inside = tl.arange(0, shape.padded) < shape.head_dim

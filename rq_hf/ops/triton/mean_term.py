@@ -9,7 +9,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 @gluon.jit
 def mean_products(
     ROPE,
-    COEF,
+    coef,
     angles,
     terms,
     slow_coef,
@@ -20,6 +20,7 @@ def mean_products(
     PAIRS: gl.constexpr,
     HALVES: gl.constexpr,
     STEPS: gl.constexpr,
+    HELD: gl.constexpr,
     M: gl.constexpr,
 ):
     """q . RoPE_n(pre_mean), [T, 2H] float32 in high and low parts, for the tokens of a tile.
@@ -29,13 +30,14 @@ def mean_products(
 
     Args:
         ROPE: float16 table in operand order.
-        COEF: float32 [2, H, PAIRS], coefficients of cos and of sin of the rows.
+        coef: Coefficients of fast pairs: `fast_coefficients`, or where these are to be loaded from.
         angles: Shared memory, float32 [4, PAIRS]: cos and sin at the centres of two tiles.
         terms: Shared memory, float16 [2 STEPS, 32, 8]: `tables.RopeOperands.turned_terms` of two
             tiles.
         slow_coef: Shared memory, float16 [STEPS, 2H, 16]: coefficients of slow pairs.
         tile_half: Which of the two tiles.
         start: float32 [2H], what is added to every token's products.
+        HELD: Whether `coef` is `fast_coefficients`.
     """
     TABLE: gl.constexpr = gl.DotOperandLayout(0, M, 2)
     ROWS: gl.constexpr = gl.DotOperandLayout(1, M, 2)
@@ -43,8 +45,6 @@ def mean_products(
     LB: gl.constexpr = gl.BlockedLayout([1, 1, 2], [8, 4, 1], [1, 1, 1], [2, 1, 0])
     LT: gl.constexpr = gl.BlockedLayout([1, 8], [32, 1], [1, 1], [1, 0])
     column = gl.arange(0, 2 * H, layout=gl.SliceLayout(1, L))[:, None]
-    pair = gl.arange(0, 4, layout=gl.SliceLayout(0, L))[None, :]
-    coef = COEF + (column // 2) * PAIRS + pair
     cos = angles.index(2 * tile_half)
     sin = angles.index(2 * tile_half + 1)
     low = column % 2 == 1
@@ -55,14 +55,35 @@ def mean_products(
     )
     sums = gl.full([T, 2 * H], 0.0, gl.float32, layout=M) + start[None, :]
     for block in gl.static_range((HALVES + 1) // 2):
-        first = fast_half(coef, cos, sin, low, 2 * block, H, PAIRS, L, LB)
+        first = fast_half(coef, cos, sin, low, 2 * block, H, PAIRS, HELD, L, LB)
         if 2 * block + 1 < HALVES:
-            second = fast_half(coef, cos, sin, low, 2 * block + 1, H, PAIRS, L, LB)
+            second = fast_half(coef, cos, sin, low, 2 * block + 1, H, PAIRS, HELD, L, LB)
         else:
             second = slow_half(terms, slow_coef, tile_half, H, STEPS, LB, M)
         rows = operand_rows(first, second, H, ROWS)
         sums = mma_v2(rope_table(ROPE, offset, block, T, TABLE), rows, sums)
     return sums
+
+
+@gluon.jit
+def fast_coefficients(coef, H: gl.constexpr, PAIRS: gl.constexpr, HALVES: gl.constexpr):
+    """Coefficients of cos and of sin of all fast pairs, which all tiles share: 2 HALVES [2H, 4]."""
+    L: gl.constexpr = gl.BlockedLayout([1, 1], [8, 4], [1, 1], [1, 0])
+    found = ()
+    for half in gl.static_range(HALVES):
+        found += (four_coefficients(coef, half, H, PAIRS, L),)
+    return found
+
+
+@gluon.jit
+def four_coefficients(
+    coef, half: gl.constexpr, H: gl.constexpr, PAIRS: gl.constexpr, L: gl.constexpr
+):
+    """Coefficients of cos and of sin of four pairs, of float32 [2, H, PAIRS]: two [2H, 4]."""
+    row = gl.arange(0, 2 * H, layout=gl.SliceLayout(1, L))[:, None] // 2
+    pair = gl.arange(0, 4, layout=gl.SliceLayout(0, L))[None, :] + half * 4
+    at = coef + row * PAIRS + pair
+    return gl.load(at), gl.load(at + H * PAIRS)
 
 
 @gluon.jit
@@ -74,12 +95,15 @@ def fast_half(
     half: gl.constexpr,
     H: gl.constexpr,
     PAIRS: gl.constexpr,
+    HELD: gl.constexpr,
     L: gl.constexpr,
     LB: gl.constexpr,
 ):
     """Coefficients of four pairs turned to the tile, float16 [2H, 4, 2]."""
-    a = gl.load(coef + half * 4)
-    b = gl.load(coef + H * PAIRS + half * 4)
+    if HELD:
+        a, b = coef[half]
+    else:
+        a, b = four_coefficients(coef, half, H, PAIRS, L)
     cos = cosines.slice(half * 4, 4).load(gl.SliceLayout(0, L))[None, :]
     sin = sines.slice(half * 4, 4).load(gl.SliceLayout(0, L))[None, :]
     of_cos = one_part(a * cos + b * sin, low)

@@ -43,26 +43,24 @@ class Pairing(NamedTuple):
         return torch.cat((turned, torch.arange(self.rotary_dim, head_dim).view(2, -1)), 1)
 
 
-def key_mean(preconditioner: Preconditioner) -> KeyMean:
-    """Returns the means and the balance of keys."""
+def key_mean(preconditioner: Preconditioner) -> Tensor:
+    """Returns the means and the balance of keys, members of `KeyMean`: [B, Hk, 4, 2, D / 2]."""
     kept = _kept.setdefault(preconditioner, {})
     if "key" not in kept:
         kept["key"] = _key_mean(preconditioner)
     return kept["key"]
 
 
-def _key_mean(preconditioner: Preconditioner) -> KeyMean:
+def _key_mean(preconditioner: Preconditioner) -> Tensor:
     balance = preconditioner.balance
     dims = pairs(Pairing.of(preconditioner.rope), balance.shape[-1], balance.device)[0]
     pre, post, balance = (
         x[..., dims] for x in (preconditioner.pre_mean, preconditioner.post_mean, balance)
     )
-    return KeyMean(
-        pre=(balance * pre).contiguous(),
-        cross=(balance * pre.flip(-2)).contiguous(),
-        post=(balance * post).contiguous(),
-        balance=balance.contiguous(),
+    members = KeyMean(
+        pre=balance * pre, cross=balance * pre.flip(-2), post=balance * post, balance=balance
     )
+    return torch.stack(members, -3)
 
 
 def rotated_mean(preconditioner: Preconditioner, rotation: Rotation, matrix: Matrix) -> Tensor:
@@ -85,8 +83,8 @@ def turns(
         return None
     length = codec.layout.tile_length
     return Turns(
-        *_cos_sin(rope, start, tiles, length, codec.head_dim, device),
-        *_cos_sin(rope, 0, length, 1, codec.head_dim, device),
+        _cos_sin(rope, start, tiles, length, codec.head_dim, device),
+        _cos_sin(rope, 0, length, 1, codec.head_dim, device),
         *pairs(Pairing.of(rope), codec.head_dim, device),
     )
 
@@ -94,8 +92,8 @@ def turns(
 @lru_cache(maxsize=16)
 def _cos_sin(
     rope: RopeTable, start: int, count: int, step: int, head_dim: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Cosines and sines at every `step`-th position from `start`: float32 [count, D / 2].
+) -> Tensor:
+    """Cosines and sines at every `step`-th position from `start`: float32 [count, 2, D / 2].
 
     Pairs that do not turn have the angle 0. Angles are float64, as in `RopeTable`.
     """
@@ -103,7 +101,7 @@ def _cos_sin(
     inv_freq = F.pad(inv_freq, (0, head_dim // 2 - inv_freq.shape[0]))
     position = start + step * torch.arange(count, dtype=torch.float64, device=device)
     angle = position[:, None] * inv_freq
-    return angle.cos().float(), angle.sin().float()
+    return torch.stack((angle.cos(), angle.sin()), 1).float()
 
 
 @lru_cache(maxsize=64)

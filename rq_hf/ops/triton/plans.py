@@ -20,20 +20,22 @@ from rq_hf.quant.qjl import OrthogonalSketch, Sketch
 from rq_hf.quant.rotations import Rotation
 from rq_hf.quant.scale_fit import INPUT_SCALES
 
-# pairs of keys, and dimensions of values, that are rotated at a time: what registers can hold
-_KEY_STEP, _VALUE_STEP = 32, 64
+# pairs of keys, and dimensions of values, that are rotated at a time: what registers and shared
+# memory can hold, and at best all of 128 dimensions of values, which are then waited for once
+_STEPS, _WIDE_STEPS = (32, 64), (32, 128)
 # how far a number may be from one of 16 bits to count as one: far below float32's rounding
 _EXACT = 2.0**-40
 
 
-def shape_of(layout: TileLayout) -> Shape:
-    """Returns the sizes of a layout."""
+def shape_of(layout: TileLayout, *, wide: bool = False) -> Shape:
+    """Returns the sizes of a layout; `wide` if matrices leave room for whole rows of a block."""
     padded = max(32, triton.next_power_of_2(layout.head_dim))
+    key_step, value_step = _WIDE_STEPS if wide else _STEPS
     sizes = Shape(
         head_dim=layout.head_dim,
         half=layout.head_dim // 2,
-        key_step=min(_KEY_STEP, padded // 2),
-        value_step=min(_VALUE_STEP, padded),
+        key_step=min(key_step, padded // 2),
+        value_step=min(value_step, padded),
         padded=padded,
         length=layout.tile_length,
         words=layout.record_words,
@@ -143,9 +145,7 @@ def plan_book(codebook: Codebook, device: torch.device) -> Book:
         return Book(table, bits, none, none, none, tl.constexpr(1.0))
     assert codebook.int_levels is not None and codebook.step is not None
     units = codebook.int_levels[half:].float()
-    # small whole numbers leave the lowest bits of a float32 free
-    codes = torch.arange(half, 2 * half, dtype=torch.int32)
-    tagged = (units.view(torch.int32) | codes).view(torch.float32)
+    tagged = units + torch.arange(half, 2 * half) * 2.0**-16
     edges, units, tagged = (tl.constexpr(tuple(x.tolist())) for x in (edges, units, tagged))
     return Book(table, bits, edges, units, tagged, tl.constexpr(codebook.step))
 
@@ -153,8 +153,8 @@ def plan_book(codebook: Codebook, device: torch.device) -> Book:
 @lru_cache(maxsize=16)
 def plan_input_scales(device: torch.device) -> InputScales:
     """Returns the input scales of "search"."""
-    inverse = 1 / torch.tensor(INPUT_SCALES, dtype=torch.float64)
-    return InputScales(inverse.float().to(device), tl.constexpr(len(INPUT_SCALES)))
+    factor = torch.tensor(INPUT_SCALES, dtype=torch.float32, device=device)
+    return InputScales(factor, tl.constexpr(len(INPUT_SCALES)))
 
 
 @lru_cache(maxsize=64)

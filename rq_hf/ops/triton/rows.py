@@ -17,7 +17,7 @@ def resident_slices(rotation, step: tl.constexpr, shape):
     """All slices of a rotation's rows, if they are few enough to stay."""
     if shape.padded > 128:
         return (0,)
-    elif shape.padded == step:
+    elif shape.padded <= step:
         return (_load_slice(rotation, 0, step, shape),)
     else:
         return (_load_slice(rotation, 0, step, shape), _load_slice(rotation, 1, step, shape))
@@ -53,13 +53,13 @@ def _slice(numbers, i, inside):
 
 
 @triton.jit
-def rotated_keys(rows, token, tile, mean, turns, rotation, resident, shape):
-    """balance * (k - mean_n), rotated: [64, D padded]."""
+def rotated_keys(rows, s, tile, mean, turns, rotation, resident, shape):
+    """balance * (k - mean_n) of the block `s` of a tile, rotated: [64, D padded]."""
     y = tl.zeros([rows.shape[0], shape.padded], tl.float32)
     for k in tl.static_range(shape.padded // 2 // shape.key_step):
         i = tl.arange(0, shape.key_step) + k * shape.key_step
         inside = i < shape.half
-        angles = _angles(turns, token, tile, i, inside, shape)
+        angles = _angles(turns, s, tile, i, inside, rows.shape[0], shape)
         x_0 = _key_slice(rows, i, inside, 0, mean, turns, angles, shape)
         x_1 = _key_slice(rows, i, inside, 1, mean, turns, angles, shape)
         x = tl.reshape(tl.join(x_0, x_1), [rows.shape[0], 2 * shape.key_step])
@@ -69,17 +69,18 @@ def rotated_keys(rows, token, tile, mean, turns, rotation, resident, shape):
 
 
 @triton.jit
-def _angles(turns, token, tile, i, inside, shape):
+def _angles(turns, s, tile, i, inside, ROWS: tl.constexpr, shape):
     """Cosines and sines of pairs `i`: to the tile's start [step], from there on [64, step]."""
     if turns is None:
         return (0,)
     else:
-        at = i + tile * shape.half
-        tile_cos = tl.load(turns.tile_cos + at, mask=inside, other=1.0)
-        tile_sin = tl.load(turns.tile_sin + at, mask=inside, other=0.0)
-        at = token[:, None] * shape.half + i[None, :]
-        cos = tl.load(turns.row_cos + at, mask=inside[None, :], other=1.0)
-        sin = tl.load(turns.row_sin + at, mask=inside[None, :], other=0.0)
+        at = turns.tile + tile * 2 * shape.half + i
+        tile_cos = tl.load(at, mask=inside, other=1.0)
+        tile_sin = tl.load(at + shape.half, mask=inside, other=0.0)
+        first = turns.row + s * (ROWS * 2 * shape.half)
+        at = first + tl.arange(0, ROWS)[:, None] * (2 * shape.half) + i[None, :]
+        cos = tl.load(at, mask=inside[None, :], other=1.0)
+        sin = tl.load(at + shape.half, mask=inside[None, :], other=0.0)
         return tile_cos, tile_sin, cos, sin
 
 

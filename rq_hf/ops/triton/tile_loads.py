@@ -16,19 +16,33 @@ barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
 @gluon.jit
-def load_once(pointer):
-    """Words that nobody reads again: what all tiles share is to stay in the caches."""
-    return gl.load(pointer, eviction_policy="evict_first")
+def load_once(pointer, WIDE: gl.constexpr):
+    """Words [n, 4] that nobody reads again: what all tiles share is to stay in the first cache.
+
+    So they take no place in it; those of 256 dimensions, which are not asked for in advance, do.
+    """
+    if WIDE:
+        return gl.load(pointer, eviction_policy="evict_first")
+    else:
+        # a lane's four words lie side by side
+        return gl.inline_asm_elementwise(
+            "ld.global.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4];",
+            "=r,=r,=r,=r,l,l,l,l",
+            [pointer],
+            dtype=gl.int32,
+            is_pure=False,
+            pack=4,
+        )
 
 
 @gluon.jit
 def load_words(
-    pointer, offsets, PLANE: gl.constexpr, BITS: gl.constexpr
+    pointer, offsets, PLANE: gl.constexpr, BITS: gl.constexpr, WIDE: gl.constexpr
 ):  # three planes for 3 bits, else one and two stand-ins
-    first = load_once(pointer + offsets)
+    first = load_once(pointer + offsets, WIDE)
     if BITS == 3:
-        second = load_once(pointer + offsets + PLANE)
-        return first, second, load_once(pointer + offsets + 2 * PLANE)
+        second = load_once(pointer + offsets + PLANE, WIDE)
+        return first, second, load_once(pointer + offsets + 2 * PLANE, WIDE)
     else:
         return first, first, first
 
