@@ -114,7 +114,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=32 * 1024)
     parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--registers", type=int, help="of a thread of the encode kernel, at most")
+    parser.add_argument("--registers", type=int, help="most of a thread where three programs fit")
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
     return parser.parse_args(argv)
 

@@ -25,6 +25,7 @@ from rq_hf.quant.mse_quantizer import MSEQuantizer
 from rq_hf.quant.packing import unpack_scales
 from rq_hf.quant.preconditioning import Preconditioner
 from rq_hf.quant.prod_quantizer import ProdQuantizer
+from rq_hf.quant.qjl import OrthogonalSketch
 from rq_hf.quant.rope import RopeTable
 from rq_hf.quant.tiles import TileCodec
 
@@ -179,9 +180,11 @@ def check_signs(
     differs = (signs[0] != signs[1])[same]
     assert (projected[differs].abs() <= part.near).all()
     assert differs.float().mean() <= 2 * part.near * math.sqrt(quantizer.head_dim) * 2**3
-    # another sign, where rounding decides it, comes with another weight
-    equal = same & (signs[0] == signs[1]).all(-1)
-    assert equal.float().mean() > 0.5
+    equal = same
+    if quantizer.estimator == "mmse" and not isinstance(quantizer.sketch, OrthogonalSketch):
+        # another sign, where rounding decides it, comes with another weight
+        equal = same & (signs[0] == signs[1]).all(-1)
+        assert equal.float().mean() > 0.5
     torch.testing.assert_close(weight[0][equal], weight[1][equal], **HALF)
 
 
@@ -332,44 +335,59 @@ def test_benchmark_runs_on_a_cpu(tmp_path: Path) -> None:
     assert all(row["timing"]["us"] > 0 for row in rows)
 
 
-# spilled registers would cost more than the arithmetic; a few of the sketch's do not matter, nor do
-# some addresses, which Triton 3.6 has registers for and 3.9 has not
-COMPILED: dict[str, tuple[dict[str, Any], int]] = {
-    "2 bits": ({"key_bits": 2, "value_bits": 2}, 40),
-    "3 bits": ({"key_bits": 3, "value_bits": 3}, 40),
-    "4 bits": ({"key_bits": 4, "value_bits": 4}, 24),
-    "search": ({"key_bits": 3, "value_bits": 3, "scale": "search"}, 56),
-    "dense": ({"key_bits": 3, "value_bits": 3, "rotation": "dense"}, 0),
-    "prod": ({"key_bits": 3, "value_bits": 3, "key_codec": "prod"}, 128),
+THREE = {"key_bits": 3, "value_bits": 3}
+COMPILED: dict[str, dict[str, Any]] = {
+    "2 bits": {"key_bits": 2, "value_bits": 2},
+    "3 bits": THREE,
+    "3 bits, float32": THREE,
+    "4 bits": {"key_bits": 4, "value_bits": 4},
+    "search": {**THREE, "scale": "search"},
+    "dense": {**THREE, "rotation": "dense"},
+    "prod": {**THREE, "key_codec": "prod"},
+    "prod, gaussian": {**THREE, "key_codec": "prod", "sketch": "gaussian"},
+}
+# bytes that a thread spills with Triton 3.6 and with 3.9, which finds no registers for some
+# addresses. Before compute capability 9.0 no product reads both operands from shared memory
+SPILLED = {
+    ("2 bits", 90): (0, 40),
+    ("3 bits", 90): (0, 40),
+    ("3 bits", 80): (0, 120),
+    ("3 bits, float32", 90): (8, 40),
+    ("3 bits, float32", 80): (72, 416),
+    ("4 bits", 90): (0, 24),
+    ("search", 90): (0, 56),
+    ("dense", 90): (0, 0),
+    ("prod", 90): (0, 0),
+    ("prod", 80): (0, 120),
+    ("prod, gaussian", 90): (0, 0),
 }
 
 
 def compiled_usage(name: str, capability: int) -> dict[str, int]:
     """What a variant takes of a GPU; called where Triton does not interpret."""
+    from rq_hf.ops.triton import encode_launch
     from rq_hf.ops.triton.encode import encode_kernel
-    from rq_hf.ops.triton.encode_launch import encode_arguments
 
-    codec = make_codec(**{"head_dim": 128, "rotation": "hadamard", **COMPILED[name][0]})
+    codec = make_codec(**{"head_dim": 128, "rotation": "hadamard", **COMPILED[name]})
     layout = codec.layout
-    states = make_states(codec, torch.device("cpu"), rope=make_rope(64))
+    dtype = torch.float32 if "float32" in name else torch.bfloat16
+    states = make_states(codec, torch.device("cpu"), rope=make_rope(64), dtype=dtype)
     records = torch.empty(1, 2, 2, layout.record_words, dtype=torch.int32)
     scales = torch.empty(1, 2, 2, layout.scale_rows, layout.tile_length, dtype=torch.float16)
-    arguments, options = encode_arguments(codec, *states, START, records, scales)
+    encode_launch.generation = lambda device: capability // 10
+    arguments, options = encode_launch.encode_arguments(codec, *states, START, records, scales)
     # numbers that are 1 would be compiled for
     arguments |= {"heads": 8, "tiles": 256, "tiles_each": 8}
-    if capability < 90:
-        options.pop("maxnreg", None)
     return asdict(compile_call(encode_kernel, arguments, capability=capability, **options))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "capability"), [*((name, 90) for name in COMPILED), ("3 bits", 80), ("prod", 80)]
-)
+@pytest.mark.parametrize(("name", "capability"), SPILLED)
 def test_compiles_without_spills(name: str, capability: int) -> None:
+    triton = pytest.importorskip("triton")
     usage = outside_interpreter("ops.test_encode:compiled_usage", name, capability)
-    # compute capability 8.0 has no products that read both operands from shared memory
-    assert usage["stack"] <= COMPILED[name][1] + (80 if capability == 80 else 0)
+    later = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
+    assert usage["stack"] <= SPILLED[name, capability][later] * 1.2
     assert usage["spills"] == 0
-    # two programs on a processor
-    assert usage["shared"] <= 80 * 1024
+    # as many programs on a processor as registers allow: three or two
+    assert usage["shared"] <= (75 if usage["registers"] <= 168 else 80) * 1024

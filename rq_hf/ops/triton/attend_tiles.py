@@ -144,7 +144,7 @@ def attend_tiles(
     LOAD: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [1, 1], [1, 0])
     LN: gl.constexpr = gl.BlockedLayout([1, T // 8], [8, 4], [1, 1], [1, 0])
     WIDE: gl.constexpr = D == 256
-    # of these heads no words wait in registers, and more pairs are fast
+    # registers in which no words wait have room for the mean's coefficients: wide heads have more
     HELD: gl.constexpr = WIDE and not STAGED
     JOINED: gl.constexpr = D == 64 and KEY_BITS != 4
     SIGN_JOINED: gl.constexpr = D == 64

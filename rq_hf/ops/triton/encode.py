@@ -2,8 +2,8 @@
 """The encode kernel: rows of keys or values to packed records, in one pass.
 
 A program takes some tiles of one KV head, keys or values, in blocks of 64 tokens. The rotation, up
-to 128 dimensions, stays in shared memory all the while; addresses are then computed anew for each
-block, since three programs share the registers of a processor.
+to 128 dimensions, stays in shared memory all the while. Addresses are then computed anew for each
+block: registers are short where three programs share a processor.
 """
 
 import triton
@@ -24,6 +24,10 @@ from rq_hf.ops.triton.rows import resident_slices, rotated_keys, rotated_values
 from rq_hf.ops.triton.sketching import sketch_rows, store_joined_signs
 
 ROWS = tl.constexpr(64)
+# dimensions up to which addresses are computed anew. Compiled so by Triton 3.6, programs of 256
+# dimensions with Prod keys read beyond their shared memory, and nobody knows why
+# (eval/results/compute-sanitizer.txt)
+RECOMPUTED = tl.constexpr(128)
 
 
 @triton.jit
@@ -135,15 +139,14 @@ def encode_keys(
     # 64 columns of less than 4 bits are joined: both blocks of a tile share its words
     JOINED: tl.constexpr = shape.fragment and shape.head_dim == 64 and BITS < 4
     BLOCKS: tl.constexpr = shape.length // ROWS
-    # 256 dimensions leave registers for neither way: compiled so by CUDA 12.8, they were multiplied
-    # by what lies beyond the program's shared memory
-    ANEW: tl.constexpr = shape.padded <= 128
     row = tl.arange(0, ROWS)
     resident = resident_slices(rotation, 2 * shape.key_step, shape)
     fields = tl.zeros([ROWS, 1, 32], tl.int32)
     signs = tl.zeros([ROWS, 1, 32], tl.int32)
     # a loop over tiles around one over their blocks would take more registers
-    for block in tl.range(first * BLOCKS, last * BLOCKS, num_stages=1, disable_licm=ANEW):
+    for block in tl.range(
+        first * BLOCKS, last * BLOCKS, num_stages=1, disable_licm=shape.padded <= RECOMPUTED
+    ):
         tile = block // BLOCKS
         s = block - tile * BLOCKS
         tile_rows, words, tile_scales = _tile(data, stride, records, scales, tile, shape)
@@ -190,13 +193,14 @@ def encode_values(
     CENTER_LAST: tl.constexpr,
 ):
     BITS: tl.constexpr = book.bits
-    ANEW: tl.constexpr = shape.padded <= 128
     row = tl.arange(0, ROWS)
     resident = resident_slices(rotation, shape.value_step, shape)
-    for tile in tl.range(first, last, num_stages=1, disable_licm=ANEW):
+    for tile in tl.range(first, last, num_stages=1, disable_licm=shape.padded <= RECOMPUTED):
         tile_rows, words, tile_scales = _tile(data, stride, records, scales, tile, shape)
         fields = tl.zeros([4, 8, shape.padded], tl.int32)
-        for s in tl.range(0, shape.length // ROWS, num_stages=1, disable_licm=ANEW):
+        for s in tl.range(
+            0, shape.length // ROWS, num_stages=1, disable_licm=shape.padded <= RECOMPUTED
+        ):
             token = value_token(row, s, BITS) if shape.fragment else row + s * ROWS
             rows = tile_rows + token[:, None] * stride
             y = rotated_values(rows, mean, rotation, resident, shape, CENTER_LAST)
@@ -212,7 +216,7 @@ def encode_values(
 
 @triton.jit
 def _key_mean(numbers, dim: tl.constexpr):
-    # of one address the others are known
+    # one address to keep in registers in place of four
     return KeyMean(numbers, numbers + dim, numbers + 2 * dim, numbers + 3 * dim)
 
 

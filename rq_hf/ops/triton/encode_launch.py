@@ -10,7 +10,13 @@ from torch import Tensor
 
 from rq_hf.ops.triton.arguments import Matrix, Rows
 from rq_hf.ops.triton.encode import encode_kernel
-from rq_hf.ops.triton.launching import compute_dtype, interpreting, on_device, processors
+from rq_hf.ops.triton.launching import (
+    compute_dtype,
+    generation,
+    interpreting,
+    on_device,
+    processors,
+)
 from rq_hf.ops.triton.means import Pairing, key_mean, rotated_mean, turns
 from rq_hf.ops.triton.plans import (
     plan_book,
@@ -23,9 +29,11 @@ from rq_hf.quant.preconditioning import Preconditioner
 from rq_hf.quant.prod_quantizer import ProdQuantizer
 from rq_hf.quant.tiles import TileCodec
 
-# registers of a thread at most, where that lets a third program onto a processor; None leaves it to
-# the compiler
-REGISTERS: int | None = 168
+# registers of a thread at most, where that lets a third program onto a processor
+REGISTERS = 168
+# major compute capabilities whose products read both operands from shared memory, and which have
+# room there for three programs
+_ROOMY = (9, 10)
 # programs for a processor, at least: enough to even out their times
 _PROGRAMS_EACH = 12
 # a program loads a matrix as large as two to four tiles: more tiles than these share no better
@@ -86,16 +94,24 @@ def encode_arguments(
         "tiles_each": max(1, min(_MOST_TILES, tiles, tiles_each)),
         **constants,
     }
-    if REGISTERS is not None and _has_room(constants, keys.device):
+    if not interpreting() and _needs_few_registers(constants, keys.device):
         options["maxnreg"] = REGISTERS
     return arguments, options
 
 
-def _has_room(constants: dict[str, Any], device: torch.device) -> bool:
-    """Whether shared memory has room for three programs."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
-        return False
-    return _small(constants["key_rotation"], constants["value_rotation"]) and not interpreting()
+def _needs_few_registers(constants: dict[str, Any], device: torch.device) -> bool:
+    """Whether three programs fit onto a processor, each without much spilling.
+
+    Codes beyond 4 bits are searched for in a table, and sketches in two parts have twice the
+    operands: both need more registers.
+    """
+    sketch = constants["sketch"]
+    return (
+        generation(device) in _ROOMY
+        and _small(constants["key_rotation"], constants["value_rotation"])
+        and all(constants[book].bits.value <= 4 for book in ("key_book", "value_book"))
+        and (sketch is None or not sketch.forward.has_low.value)
+    )
 
 
 def _small(*matrices: Matrix) -> bool:
@@ -123,6 +139,8 @@ def codec_arguments(
     keys = codec.key_quantizer
     key_rotation = plan_rotation(keys.rotation, pairing, fragment, narrow, device)
     value_rotation = plan_rotation(codec.value_quantizer.rotation, None, False, value_dtype, device)
+    # values of 32 bits are rotated in two parts
+    wide = _small(key_rotation, value_rotation) and (exact or generation(device) in _ROOMY)
     constants = {
         "key_rotation": key_rotation,
         "value_rotation": value_rotation,
@@ -132,7 +150,7 @@ def codec_arguments(
         if isinstance(keys, ProdQuantizer)
         else None,
         "input_scales": plan_input_scales(device),
-        "shape": shape_of(layout, wide=_small(key_rotation, value_rotation)),
+        "shape": shape_of(layout, wide=wide),
         "RULE": codec.value_quantizer.scale,
         "CENTER_LAST": exact,
     }

@@ -19,7 +19,8 @@ LARGEST_HALF = tl.constexpr(65504.0)
 LARGEST_SQUARE = tl.constexpr(3.4e38)
 # the square of a norm below which the scale is 0, whatever the codes
 SMALLEST_SQUARE = tl.constexpr(1e-36)
-# slope of a step: more than products of two float32 have digits, so that none ends between 0 and 1
+# slope of a step, so steep that none ends between 0 and 1: edges are above 2**-7, so that products
+# near them are multiples of 2**-55, and the least excess times the slope is beyond 1
 STEEP = tl.constexpr(2.0**60)
 # what brings the codes behind the point of a sum below 256 into the lowest bits
 TO_LOWEST = tl.constexpr(128.0)
@@ -59,7 +60,8 @@ def nearest_units(size, stretch, book):
 def nearest(size, stretch, book):
     """`nearest_units`, and codes of the positive levels in the lowest bits of an int32.
 
-    Up to 4 bits the units are off by what their codes add: 2**-16 each.
+    Up to 4 bits a unit is too large by 2**-16 times its code, and scales are fitted to that: they
+    come out smaller by a few millionths.
     """
     if book.bits <= 4:
         tagged = select_levels(size, stretch, book, book.tagged)

@@ -38,6 +38,12 @@ def processors(device: torch.device) -> int:
 
 
 @functools.cache
+def generation(device: torch.device) -> int:
+    """Major compute capability of a GPU; 9 for a CPU, where kernels are interpreted at most."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+
+
+@functools.cache
 def chains(device: torch.device) -> bool:
     """Whether a launch can begin while the one before still runs."""
     if device.type != "cuda" or interpreting():

@@ -30,7 +30,8 @@ def mean_products(
 
     Args:
         ROPE: float16 table in operand order.
-        coef: Coefficients of fast pairs: `fast_coefficients`, or where these are to be loaded from.
+        coef: Coefficients of cos and of sin of the rows: where they are, float32 [2, H, PAIRS], or
+            `fast_coefficients` of it.
         angles: Shared memory, float32 [4, PAIRS]: cos and sin at the centres of two tiles.
         terms: Shared memory, float16 [2 STEPS, 32, 8]: `tables.RopeOperands.turned_terms` of two
             tiles.
@@ -67,7 +68,7 @@ def mean_products(
 
 @gluon.jit
 def fast_coefficients(coef, H: gl.constexpr, PAIRS: gl.constexpr, HALVES: gl.constexpr):
-    """Coefficients of cos and of sin of all fast pairs, which all tiles share: 2 HALVES [2H, 4]."""
+    """Coefficients that all tiles share: of cos and of sin [2H, 4], for each four fast pairs."""
     L: gl.constexpr = gl.BlockedLayout([1, 1], [8, 4], [1, 1], [1, 0])
     found = ()
     for half in gl.static_range(HALVES):

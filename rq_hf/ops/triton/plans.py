@@ -28,7 +28,7 @@ _EXACT = 2.0**-40
 
 
 def shape_of(layout: TileLayout, *, wide: bool = False) -> Shape:
-    """Returns the sizes of a layout; `wide` if matrices leave room for whole rows of a block."""
+    """Returns the sizes of a layout; `wide` if there is room for whole rows of a block."""
     padded = max(32, triton.next_power_of_2(layout.head_dim))
     key_step, value_step = _WIDE_STEPS if wide else _STEPS
     sizes = Shape(

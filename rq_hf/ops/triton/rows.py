@@ -17,7 +17,7 @@ def resident_slices(rotation, step: tl.constexpr, shape):
     """All slices of a rotation's rows, if they are few enough to stay."""
     if shape.padded > 128:
         return (0,)
-    elif shape.padded <= step:
+    elif shape.padded == step:
         return (_load_slice(rotation, 0, step, shape),)
     else:
         return (_load_slice(rotation, 0, step, shape), _load_slice(rotation, 1, step, shape))

@@ -17,9 +17,10 @@ barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 @gluon.jit
 def load_once(pointer, WIDE: gl.constexpr):
-    """Words [n, 4] that nobody reads again: what all tiles share is to stay in the first cache.
+    """Words [n, 4] that nobody reads again, each four at a multiple of 16 bytes.
 
-    So they take no place in it; those of 256 dimensions, which are not asked for in advance, do.
+    They take no place in the first cache, where what all tiles share is to stay. Those of 256
+    dimensions do: this was no faster for them, which are asked for when they are due.
     """
     if WIDE:
         return gl.load(pointer, eviction_policy="evict_first")
