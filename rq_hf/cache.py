@@ -8,7 +8,7 @@ import os
 import weakref
 from dataclasses import fields
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from rq_hf.layers import RotorQuantLayer
 from rq_hf.memory import CacheMemory
 from rq_hf.model_layers import make_layer, make_layers
 from rq_hf.noted import can_take_back, is_noted, refuse_noted, refuse_to_pack, wait_for_notes
+from rq_hf.places import Places, place_layers
 from rq_hf.validation import check_dtype, check_exact
 
 # the name can be set on a model as soon as there is a cache for it
@@ -86,7 +87,7 @@ class RotorQuantCache(Cache):
     ) -> None:
         self.quantization = _resolve(quantization, preset, settings)
         self._updates = 0
-        self._last_updated = 0
+        self._last_updated = self._deepest = 0
         self.packs = False
         self.exact_because: str | None = None
         layers = None
@@ -125,10 +126,7 @@ class RotorQuantCache(Cache):
                 only `reset` helps. See `check_steps`.
         """
         if self.layer_class_to_replicate is None and layer_idx >= len(self.layers):
-            raise ValueError(
-                f"layer {layer_idx}: the cache was made for a model with {len(self.layers)} "
-                "layers; make a new one with this model's config"
-            )
+            self._refuse_layer(key_states, layer_idx)
         if not torch.compiler.is_compiling():
             self._begin_pass(layer_idx)
         held = len(self.layers)
@@ -142,18 +140,34 @@ class RotorQuantCache(Cache):
                 # out of the layers ahead this takes the new tokens too
                 del self.layers[held:]
                 refuse_noted(self.layers, new_tokens=True)
-            taken_back = self._take_back(key_states, layer_idx)
+            layer, tokens = self.layers[layer_idx], _token_count(key_states)
+            taken_back = not isinstance(layer, CacheLayerMixin) or self._take_back(
+                tokens, layer_idx, layer.get_seq_length()
+            )
             del self.layers[held:]
             if not taken_back:
                 raise ValueError(f"{error}. {_NOT_TAKEN_BACK}") from error
             refuse_noted(self.layers, new_tokens=True)
             raise
         self._updates += 1
-        if layer_idx + 1 == len(self.layers):
-            # no layer is left that could refuse what all others have stored
-            for layer in self.packed_layers:
-                layer.forget_before()
         return states
+
+    def _refuse_layer(self, key_states: Tensor, layer_idx: int) -> NoReturn:
+        """Refuses a layer that the cache does not have, and takes back what the others hold."""
+        text = (
+            f"layer {layer_idx}: the cache was made for a model with {len(self.layers)} layers; "
+            "make a new one with this model's config"
+        )
+        tokens = _token_count(key_states)
+        held = max(self._lengths(), default=0)
+        if held >= tokens and not self._take_back(tokens, len(self.layers), held - tokens):
+            text += f". {_NOT_TAKEN_BACK}"
+        raise ValueError(text)
+
+    def _lengths(self) -> list[int]:
+        """Tokens of the layers that have any and know how many."""
+        lengths = [int(x.get_seq_length()) for x in self.layers if isinstance(x, CacheLayerMixin)]
+        return [length for length in lengths if length]
 
     def _begin_pass(self, layer_idx: int) -> None:
         """Tells of earlier tokens that were not finite, where a pass begins.
@@ -162,9 +176,26 @@ class RotorQuantCache(Cache):
         """
         if layer_idx <= self._last_updated:
             self.packs = False
+            if self._last_updated < self._deepest:
+                self._check_lengths()
             if is_noted(self.packed_layers):
                 refuse_noted(self.layers, new_tokens=True)
         self._last_updated = layer_idx
+        self._deepest = max(self._deepest, layer_idx)
+
+    def _check_lengths(self) -> None:
+        """Refuses to go on behind a pass that has left layers out."""
+        held = sorted(set(self._lengths()))
+        if len(held) < 2:
+            return
+        text = (
+            f"layers hold {held[0]} to {held[-1]} tokens: a model with fewer layers has stored in "
+            "this cache"
+        )
+        if len(held) == 2 and self._take_back(held[1] - held[0], len(self.layers), held[0]):
+            self._last_updated = self._deepest
+            raise ValueError(f"{text}; its tokens were taken back")
+        raise ValueError(f"{text}; reset() it")
 
     def _hold(self, layer_idx: int) -> None:
         """Lets a packed layer know of its cache.
@@ -218,16 +249,13 @@ class RotorQuantCache(Cache):
             # with exact layers alone the host may go on in the wider dtype
             check_dtype(key, layer.keys.dtype, name)
 
-    def _take_back(self, key_states: Tensor, layer_idx: int) -> bool:
-        """Takes out of earlier layers the tokens that this one has refused.
+    def _take_back(self, tokens: int, layer_idx: int, length: int) -> bool:
+        """Takes `tokens` behind the first `length` out of layers before `layer_idx`.
 
         Returns:
             Whether no layer holds them any more.
         """
         layers: list[Any] = self.layers
-        if not isinstance(layers[layer_idx], CacheLayerMixin) or key_states.dim() != 4:
-            return True
-        tokens, length = key_states.shape[2], layers[layer_idx].get_seq_length()
         ahead = [i for i in range(layer_idx) if _may_hold(layers[i], length + tokens)]
         if not ahead or tokens == 0:
             return True
@@ -273,14 +301,23 @@ class RotorQuantCache(Cache):
         while len(self.layers) < count:
             self.layers.append(self.layer_class_to_replicate(layer_idx=len(self.layers)))
 
-    def to(self, device: torch.device | str) -> RotorQuantCache:
-        """Moves all packed layers and host attention layers to a device; returns the cache."""
-        for layer in self.layers:
+    def to(self, device: Places) -> RotorQuantCache:
+        """Moves all packed layers and host attention layers; returns the cache.
+
+        Args:
+            device: Where to; for a model spread over devices, the device of every layer by its
+                index.
+
+        Raises:
+            ValueError: A layer is not among those given; nothing is moved then.
+        """
+        places = place_layers(device, len(self.layers))
+        for layer, place in zip(self.layers, places, strict=True):
             if isinstance(layer, RotorQuantLayer):
-                layer.to(device)
+                layer.to(place)
             elif isinstance(layer, DynamicLayer) and layer.keys is not None:
                 assert layer.values is not None
-                layer.keys, layer.values = layer.keys.to(device), layer.values.to(device)
+                layer.keys, layer.values = layer.keys.to(place), layer.values.to(place)
                 layer.device = layer.keys.device
         return self
 
@@ -318,6 +355,7 @@ class RotorQuantCache(Cache):
                 nothing is measured again. They must have the same batch size, on the same device.
         """
         self._updates = 0
+        self._last_updated = self._deepest = 0
         for i, layer in enumerate(self.layers):
             if isinstance(layer, RotorQuantLayer):
                 layer.reset(keep_statistics)
@@ -372,17 +410,18 @@ class RotorQuantCache(Cache):
         path: str | os.PathLike[str],
         config: PreTrainedConfig | None = None,
         *,
-        device: str | torch.device = "cpu",
+        device: Places = "cpu",
     ) -> RotorQuantCache:
         """Returns the cache that `save` wrote; generation goes on as if it had never stopped.
 
         Args:
             path: The file.
             config: The model's config, to check that the file is of such a model.
-            device: Where the buffers go.
+            device: Where the buffers go, as in `to`.
 
         Raises:
-            ValueError: The file is damaged, foreign, newer, or of another model.
+            ValueError: The file is damaged, foreign, newer, or of another model, or a layer is not
+                among the devices given.
         """
         from rq_hf.serialization import load_cache
 
@@ -410,6 +449,11 @@ def _resolve(
     if unknown:
         raise ValueError(f"unknown settings: {', '.join(unknown)}; accepted are {', '.join(known)}")
     return quantization or RotorQuantConfig.from_preset(preset or "near-lossless", **settings)
+
+
+def _token_count(states: Tensor) -> int:
+    """Tokens of states `[B, Hk, t, D]`; none of those that are no such tensor."""
+    return states.shape[2] if states.dim() == 4 else 0
 
 
 def _is_offloadable(layer: Any, only_non_sliding: bool) -> bool:

@@ -32,6 +32,7 @@ from rq_hf.cache_probe import check_probes, make_codecs, make_probe, probe_name
 from rq_hf.config import RotorQuantConfig
 from rq_hf.layers import RotorQuantLayer
 from rq_hf.model_layers import make_layer
+from rq_hf.places import Places, place_layers
 from rq_hf.quant.preconditioning import Preconditioner
 from rq_hf.quant.rope import RopeTable
 from rq_hf.quant.tiles import TileCodec
@@ -80,7 +81,7 @@ def load_cache(
     path: str | os.PathLike[str],
     config: PreTrainedConfig | None = None,
     *,
-    device: torch.device | str = "cpu",
+    device: Places = "cpu",
 ) -> RotorQuantCache:
     """Returns the cache that `save_cache` wrote.
 
@@ -90,11 +91,11 @@ def load_cache(
         path: The file.
         config: The model's config, to make sure that the cache is this model's, and to find out
             which attention it uses; without it the layers are made as the file describes them.
-        device: Where the tensors go.
+        device: Where the tensors go: one device, or that of every layer by its index.
 
     Raises:
-        ValueError: The file is damaged, of another kind or of a newer format, or the cache is
-            another model's.
+        ValueError: The file is damaged, of another kind or of a newer format, the cache is another
+            model's, or a layer has no device.
         OSError: The file cannot be read.
     """
     path = Path(path)
@@ -109,11 +110,12 @@ def load_cache(
             codecs = make_codecs(header)
             _check_tensors(header, codecs, tensors)
             check_probes(codecs, tensors)
+            places = place_layers(device, len(cache.layers))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         ropes = [RopeTable(tensors[f"ropes.{j}"], known) for j, known in enumerate(header.ropes)]
         for i, (layer, record) in enumerate(zip(cache.layers, header.layers, strict=True)):
-            own = {name: tensors.pop(f"layers.{i}.{name}").to(device) for name in record.tensors}
+            own = {name: tensors.pop(f"layers.{i}.{name}").to(places[i]) for name in record.tensors}
             _fill(layer, record, own, ropes)
     return cache
 

@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
 from rq_hf.cache import RotorQuantCache
 from rq_hf.config import RotorQuantConfig
 from rq_hf.model_layers import make_static_layers
+from rq_hf.places import Places
 from rq_hf.static_exact import ExactStaticLayer, ExactStaticSlidingLayer
 from rq_hf.static_layer import HALF_WAY, RotorQuantStaticLayer
 from rq_hf.static_limits import check_room
@@ -85,6 +86,8 @@ class RotorQuantStaticCache(RotorQuantCache):
         # past the packed cache's own, which counts its calls: numbers that change are compiled anew
         if torch.compiler.is_compiling():
             return Cache.update(self, key_states, value_states, layer_idx, *args, **kwargs)
+        if layer_idx >= len(self.layers):
+            self._refuse_layer(key_states, layer_idx)
         layer: Any = self.layers[layer_idx]
         if not any(isinstance(x, CacheLayerMixin) for x in self.layers[:layer_idx]):
             self._check_pass(key_states.shape[2])
@@ -128,6 +131,14 @@ class RotorQuantStaticCache(RotorQuantCache):
         self._spoil()
         if isinstance(error, ValueError):
             raise ValueError(f"{error}. {_NOT_TAKEN_BACK}") from error
+
+    def _take_back(self, tokens: int, layer_idx: int, length: int) -> bool:
+        if length == 0:
+            for layer in self.layers:
+                _go_back_to_start(layer)
+        else:
+            self._spoil()
+        return length == 0
 
     def _spoil(self) -> None:
         self._spoilt = True
@@ -259,7 +270,7 @@ class RotorQuantStaticCache(RotorQuantCache):
                 layer.check_indices(beam_idx)
         super().reorder_cache(beam_idx)  # type: ignore[arg-type] # the host's stub is narrower
 
-    def to(self, device: torch.device | str) -> NoReturn:
+    def to(self, device: Places) -> NoReturn:
         """Refuses to move.
 
         Raises:

@@ -137,7 +137,7 @@ def check_device(key: Tensor, device: torch.device, layer: str) -> None:
     if key.device != device:
         raise ValueError(
             f"{layer}: the cache is on {device}, got states on {key.device}; move it with "
-            "to(device), or use a new cache"
+            "to(device), or to({layer: device, ...}) for a model on several, or use a new cache"
         )
 
 

@@ -35,9 +35,22 @@ def run(model: PreTrainedModel, cache: Any, padding: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("padding", [0, 40])
-@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3-next"])
-def test_equals_the_models_own_attention(family: str, padding: int) -> None:
-    model = make_model(family)
+@pytest.mark.parametrize(
+    ("family", "own", "changes"),
+    [
+        ("llama", "sdpa", {}),
+        ("gemma3", "sdpa", {}),
+        ("qwen3-next", "sdpa", {}),
+        # scores that tanh bends, and logits without a value
+        ("gemma2", "eager", {"attn_logit_softcapping": 5.0}),
+        ("gpt-oss", "eager", {}),
+    ],
+)
+def test_equals_the_models_own_attention(
+    family: str, own: str, changes: dict[str, Any], padding: int
+) -> None:
+    model = make_model(family, **changes)
+    model.set_attn_implementation(own)
     expected = run(model, RotorQuantCache(config=model.config, **SETTINGS), padding)
     model.set_attn_implementation("rotorquant")
     cache = RotorQuantCache(config=model.config, **SETTINGS)

@@ -154,9 +154,46 @@ def test_another_model_is_refused_and_the_cache_is_as_it_was(llama: PreTrainedMo
     state = make_tokens(1).float()[:, :, None, None].expand(1, 4, 1, 64)
     with pytest.raises(ValueError, match=r"layer 0: the cache holds .*1, 2, 64.*got .1, 4, 64."):
         cache.update(state, state, 0)
-    with pytest.raises(ValueError, match="layer 2: the cache was made for a model with 2 layers"):
-        cache.update(state[:, :2], state[:, :2], 2)
     assert all(torch.equal(x.keys, k) for x, k in zip(cache.layers, keys, strict=True))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [1, 3, 50, 200])
+@pytest.mark.parametrize(
+    ("family", "settings"), [("llama", {}), ("llama", {"layer_bits": {0: 16}})]
+)
+def test_a_deeper_model_is_refused_and_the_cache_is_as_it_was(
+    family: str, settings: dict[str, Any], tokens: int
+) -> None:
+    model, deeper = make_model(family), make_model(family, num_hidden_layers=3)
+    cache = RotorQuantCache(config=model.config, **SMALL, **settings)
+    for length in (0, 300):
+        if length:
+            model(make_tokens(length), past_key_values=cache)
+        before = copy.deepcopy(cache)
+        refused = "layer 2: the cache was made for a model with 2 layers; make a new one"
+        with pytest.raises(ValueError, match=refused):
+            deeper(make_tokens(tokens), past_key_values=cache)
+        assert [layer.get_seq_length() for layer in cache.layers] == [length, length]
+        logits = [model(make_tokens(5), past_key_values=one).logits for one in (cache, before)]
+        assert torch.equal(*logits)
+        cache.reset()
+
+
+@torch.no_grad()
+def test_a_shallower_model_is_told_of_at_the_next_pass(llama: PreTrainedModel) -> None:
+    shallower = make_model("llama", num_hidden_layers=1)
+    cache = RotorQuantCache(config=llama.config, **SMALL)
+    llama(make_tokens(300), past_key_values=cache)
+    before = copy.deepcopy(cache)
+    for model in (llama, shallower):
+        shallower(make_tokens(3), past_key_values=cache)
+        with pytest.raises(
+            ValueError, match=r"300 to 303 tokens: a model with fewer .* taken back"
+        ):
+            model(make_tokens(2), past_key_values=cache)
+    logits = [llama(make_tokens(5), past_key_values=one).logits for one in (cache, before)]
+    assert torch.equal(*logits)
 
 
 EXACT_FIRST: list[tuple[str, dict[str, Any]]] = [("gemma3", {}), ("llama", {"layer_bits": {0: 16}})]

@@ -21,6 +21,7 @@ from transformers.cache_utils import DynamicLayer
 
 from rq_hf import RotorQuantCache, cache_file, serialization
 from rq_hf.layers import RotorQuantLayer
+from rq_hf.memory import reachable_tensors
 from rq_hf.quant.codebooks import Codebook
 from rq_hf.serialization import load_cache, save_cache
 
@@ -176,6 +177,33 @@ def test_generate_goes_on_with_the_same_tokens(attention: str, tmp_path: Path) -
     expected = model.generate(text, past_key_values=cache, **options)
     assert torch.equal(model.generate(text, past_key_values=loaded, **options), expected)
     assert f"{attention} 30x" in loaded.describe()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3-next"])
+def test_layers_are_loaded_and_moved_to_devices_of_their_own(family: str, tmp_path: Path) -> None:
+    model = make_model(family)
+    cache = RotorQuantCache(config=model.config, residual_length=32)
+    run(model, cache, make_tokens(300))
+    save_cache(cache, tmp_path / "cache")
+    layers = len(cache.layers)
+    # one that holds no numbers, as far away as a second GPU
+    places = {i: "meta" if i % 2 else "cpu" for i in range(layers)}
+    loaded = RotorQuantCache.load(tmp_path / "cache", model.config, device=places)
+    moved = RotorQuantCache.load(tmp_path / "cache", model.config).to(places)
+    for i, place in places.items():
+        for one in (loaded, moved):
+            layer = one.layers[i]
+            if isinstance(layer, RotorQuantLayer):
+                assert {x.device.type for x in layer.store.tensors()} == {place}
+            elif one is loaded or isinstance(layer, DynamicLayer):
+                assert {x.device.type for x in reachable_tensors(layer)} == {place}
+    del places[layers - 1]
+    refused = rf"no device is given for layers \[{layers - 1}\]; give one for each of {layers}"
+    with pytest.raises(ValueError, match=refused):
+        RotorQuantCache.load(tmp_path / "cache", model.config, device=places)
+    with pytest.raises(ValueError, match=refused):
+        cache.to(places)
+    assert {x.device.type for x in cache.packed_layers[0].store.tensors()} == {"cpu"}
 
 
 def test_a_prompt_whose_queries_are_not_seen_is_stored_first(tmp_path: Path) -> None:

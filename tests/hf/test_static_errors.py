@@ -57,6 +57,21 @@ def test_encoder_decoders() -> None:
 
 
 @torch.no_grad()
+def test_deeper_models(model: PreTrainedModel) -> None:
+    deeper = make_model("llama", num_hidden_layers=3)
+    cache = RotorQuantStaticCache(model.config, 400)
+    with pytest.raises(ValueError, match=r"layer 2: .* for a model with 2 layers; make a new one"):
+        deeper(make_tokens(200), past_key_values=cache)
+    model(make_tokens(200), past_key_values=cache)
+    with pytest.raises(ValueError, match=r"layer 2: .* with 2 layers; .* reset\(\) the cache"):
+        deeper(make_tokens(3), past_key_values=cache)
+    with pytest.raises(ValueError, match=r"reset\(\) the cache"):
+        model(make_tokens(1), past_key_values=cache)
+    cache.reset()
+    model(make_tokens(200), past_key_values=cache)
+
+
+@torch.no_grad()
 def test_prompts_that_do_not_fit(model: PreTrainedModel) -> None:
     cache = static(model, LENGTH)
     with pytest.raises(ValueError, match=f"0 tokens and {LENGTH + 1} new ones are more than"):
