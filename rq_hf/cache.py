@@ -106,6 +106,7 @@ class RotorQuantCache(Cache):
             offload_only_non_sliding=offload_only_non_sliding,
         )
 
+    @torch.compiler.disable(reason="the host stores; RotorQuantStaticCache has steps to compile")
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -127,8 +128,7 @@ class RotorQuantCache(Cache):
         """
         if self.layer_class_to_replicate is None and layer_idx >= len(self.layers):
             self._refuse_layer(key_states, layer_idx)
-        if not torch.compiler.is_compiling():
-            self._begin_pass(layer_idx)
+        self._begin_pass(layer_idx)
         held = len(self.layers)
         self._append_layers(layer_idx + 1)
         self._hold(layer_idx)
@@ -203,7 +203,7 @@ class RotorQuantCache(Cache):
         By a weak reference, so that memory is free as soon as nobody has the cache.
         """
         layer = self.layers[layer_idx]
-        if isinstance(layer, RotorQuantLayer) and not torch.compiler.is_compiling():
+        if isinstance(layer, RotorQuantLayer):
             layer.holder = weakref.ref(self)
 
     def before_packing(self) -> None:

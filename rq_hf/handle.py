@@ -5,19 +5,21 @@
 stand for and no storage. Attention code does little with its keys and values: it repeats them for
 grouped queries, transposes them, and passes them to `scaled_dot_product_attention` or two
 `matmul`s. These few calls are answered here, from the packed store. Any other operation decodes
-the layer: right, and slower; it is counted, and warned of once.
+the layer: right, and slower; it is counted, and warned of once. What would write to keys or values
+is refused: a decoded copy would take it, and attention would go on with the packed store.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol
+from functools import cache
+from typing import Any, Literal, NoReturn, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 Role = Literal["key", "value"]
 # dimensions shown: b batch, h KV heads, r repeats of a head, n tokens, d head_dim
@@ -101,6 +103,18 @@ class StandIn(torch.Tensor):
             )
         return self.dense()
 
+    def refuse_writing(self, operation: str) -> NoReturn:
+        """Refuses to be changed in place.
+
+        Raises:
+            RuntimeError: Always.
+        """
+        raise RuntimeError(
+            f"the operation '{operation}' would write to packed {self.role}s, which can only be "
+            f"read: nothing was changed. Write to a copy, {self.role}s.clone(), and give that to "
+            "what comes next"
+        )
+
     def stands_beside(self, other: StandIn) -> bool:
         """Whether `other` is of the same layer, as it is now."""
         raise NotImplementedError
@@ -122,7 +136,7 @@ class StandIn(torch.Tensor):
         raise NotImplementedError
 
     def dense(self) -> Tensor:
-        """Returns the states as an ordinary tensor of this shape."""
+        """Returns the states as an ordinary tensor of this shape, perhaps shared: do not write."""
         states = self.decoded()
         if self.form == "bhrnd":
             return states[:, :, None].expand(-1, -1, self.repeats, -1, -1)
@@ -149,6 +163,7 @@ class StandIn(torch.Tensor):
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             return args[0].seen()
         name = func.overloadpacket.__name__
+        _refuse_writing(func, args, kwargs or {})
         return func(
             *tree_map(lambda x: decode(x, name), args),
             **tree_map(lambda x: decode(x, name), kwargs or {}),
@@ -189,6 +204,14 @@ class Handle(StandIn):
     def shape(self) -> torch.Size:  # type: ignore[override] # the host's stub says attribute
         """The shape. Asked for often, and torch's own attribute would pass through the answers."""
         return self._shape
+
+    @classmethod
+    # one call is a handful of host code, which a compiler would take apart
+    @torch.compiler.disable(reason="handles are read by the host")
+    def __torch_function__(
+        cls, func: Callable, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        return super().__torch_function__(func, types, args, kwargs)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Handle({self.role}, shape={tuple(self.shape)})"
@@ -245,6 +268,24 @@ def decode(thing: Any, operation: str) -> Any:
     return thing.decoded_for(operation) if isinstance(thing, StandIn) else thing
 
 
+def _refuse_writing(func: Any, args: Any, kwargs: Any) -> None:
+    for place, name in _written(func):
+        argument = args[place] if place < len(args) else kwargs.get(name)
+        for thing in tree_leaves(argument):
+            if isinstance(thing, StandIn):
+                thing.refuse_writing(func.overloadpacket.__name__)
+
+
+@cache
+def _written(func: Any) -> tuple[tuple[int, str], ...]:
+    """Returns places and names of the arguments that an operator writes to."""
+    return tuple(
+        (place, argument.name)
+        for place, argument in enumerate(func._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
+
+
 ANSWERS: dict[Callable, Callable] = {}
 
 
@@ -280,6 +321,21 @@ def _getitem(states: Any, index: Any) -> Any:
         return states.seen(form="bhrnd") if whole else NotImplemented
     if len(index) <= 4 and all(_is_all(part, states, dim) for dim, part in enumerate(index)):
         return states
+    return NotImplemented
+
+
+@_answers(torch.Tensor.__setitem__)
+def _setitem(states: Any, index: Any, value: Any) -> Any:
+    # torch would write to a view of what is decoded for it
+    if isinstance(states, StandIn):
+        states.refuse_writing("setitem")
+    return NotImplemented
+
+
+@_answers(torch.Tensor.data.__set__)  # type: ignore[attr-defined] # the host's stub says attribute
+def _set_data(states: Any, value: Any) -> Any:
+    if isinstance(states, StandIn):
+        states.refuse_writing("data")
     return NotImplemented
 
 

@@ -14,6 +14,7 @@ from transformers.cache_utils import CacheLayerMixin
 from rq_hf.config import RotorQuantConfig
 from rq_hf.handle import Handle
 from rq_hf.ops import LayerView
+from rq_hf.pickling import PickledLayer
 from rq_hf.quant.rope import RopeTable
 from rq_hf.sources import PromptSource, ViewSource
 from rq_hf.validation import (
@@ -24,10 +25,10 @@ from rq_hf.validation import (
     check_unchanged,
     looks_at_once,
 )
-from rq_hf.watched_states import APPENDED_FIRST, WatchedStates
+from rq_hf.watched_states import APPENDED_FIRST
 
 
-class RotorQuantLayer(WatchedStates, CacheLayerMixin):
+class RotorQuantLayer(PickledLayer, CacheLayerMixin):
     """Stores the first tokens and the newest exactly, all others packed (see `storage`).
 
     `update` returns handles that attention reads packed (see `handle`), or dense tensors. A layer
@@ -54,7 +55,7 @@ class RotorQuantLayer(WatchedStates, CacheLayerMixin):
         gives_handles: Callable[[], bool] = lambda: True,
         **kwargs: Any,
     ) -> None:
-        WatchedStates.__init__(self, config, layer_idx, rope)
+        PickledLayer.__init__(self, config, layer_idx, rope)
         self.gives_handles = gives_handles
         self.calls: Counter[str] = Counter()
         self._pending: tuple[Tensor, Tensor] | None = None
@@ -70,6 +71,7 @@ class RotorQuantLayer(WatchedStates, CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
+    @torch.compiler.disable(reason="the host stores; RotorQuantStaticCache has steps to compile")
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -87,8 +89,7 @@ class RotorQuantLayer(WatchedStates, CacheLayerMixin):
             ValueError: The states cannot be stored here; the layer is as it was. NaN and infinity
                 are found at once, but for up to 32 new tokens on a GPU, which kernels look at while
                 nobody waits: a later update tells of these, before anything behind them is packed,
-                and takes them back. Compiled steps are looked at when they are packed: the message
-                then says how far to `crop`.
+                and takes them back.
         """
         self._check_form(key_states, value_states)
         self.refuse_noted_alone()

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Handles: what attention code does to keys and values, and what happens to anything else."""
 
+import operator
 from typing import Any
 
 import pytest
@@ -127,6 +128,73 @@ def test_an_unknown_operation_decodes_and_says_so_once(
 def test_other_shapes_are_right_if_slower(layer: RotorQuantLayer, operation: Any) -> None:
     key, _, dense, _ = next_handles(layer)
     assert torch.equal(operation(key), operation(dense))
+
+
+def assign(states: Tensor) -> None:
+    states[..., :32] = 0
+
+
+def set_data(states: Tensor) -> None:
+    states.data = torch.zeros(1)
+
+
+WRITING = {
+    "setitem": assign,
+    "data": set_data,
+    "mul_": lambda x: x.mul_(2),
+    "add_": lambda x: operator.iadd(x, 1),
+    "copy_": lambda x: x.copy_(torch.ones(x.shape)),
+    "zero_": torch.nn.init.zeros_,
+    "masked_fill_": lambda x: x.masked_fill_(torch.ones(x.shape, dtype=torch.bool), 0.0),
+    "relu_": lambda x: F.relu(x, inplace=True),
+    "add": lambda x: torch.add(torch.ones(x.shape), 1, out=x),
+    "_foreach_mul_": lambda x: torch._foreach_mul_([torch.ones(1), x], 2),
+    "transpose_": lambda x: x.transpose_(1, 2),
+    "resize_": lambda x: x.resize_(1),
+}
+
+
+@pytest.mark.parametrize("operation", WRITING)
+@pytest.mark.parametrize("which", ["key", "value", "transposed", "repeated", "prompt"])
+def test_writing_is_refused_and_changes_nothing(operation: str, which: str) -> None:
+    layer = RotorQuantLayer(RotorQuantConfig(residual_length=32))
+    key, value = layer.update(*make_states(300))
+    if which != "prompt":
+        layer.settle()
+        key, value = layer.update(*make_states(1, seed=1))
+    seen = {"transposed": key.transpose(2, 3), "repeated": repeat_kv(key, 3), "value": value}
+    role = "values" if which == "value" else "keys"
+    calls = dict(layer.calls)
+    with pytest.raises(RuntimeError, match=rf"'{operation}' would write to packed {role}") as error:
+        WRITING[operation](seen.get(which, key))
+    assert f"{role}.clone()" in str(error.value)
+    assert layer.calls == calls
+    twin = RotorQuantLayer(RotorQuantConfig(residual_length=32))
+    states = [twin.update(*make_states(300))]
+    if which != "prompt":
+        twin.settle()
+        states.append(twin.update(*make_states(1, seed=1)))
+    assert all(
+        torch.equal(mine.dense(), theirs.dense())
+        for mine, theirs in zip((key, value), states[-1], strict=True)
+    )
+    query = torch.randn(BATCH, HEADS, 1, DIM, generator=torch.Generator().manual_seed(2))
+    mine = F.scaled_dot_product_attention(query, key, value)
+    assert torch.equal(mine, F.scaled_dot_product_attention(query, *states[-1]))
+    assert torch.equal(layer.keys, twin.keys)
+
+
+@pytest.mark.filterwarnings("ignore:the operation")
+def test_a_copy_can_be_written_to_and_a_handle_copied_from(layer: RotorQuantLayer) -> None:
+    _, value, _, dense = next_handles(layer)
+    copied = value.clone()
+    copied[..., :32] = 0
+    assert not copied[..., :32].any()
+    for fill in (lambda x: x.copy_(value), lambda x: x.__setitem__(..., value)):
+        other = torch.zeros(value.shape)
+        fill(other)
+        assert torch.equal(other, dense)
+    assert torch.equal(torch.add(value, 1, out=torch.empty(value.shape)), dense + 1)
 
 
 @pytest.mark.filterwarnings("ignore:the operation")
