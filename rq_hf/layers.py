@@ -71,7 +71,6 @@ class RotorQuantLayer(PickledLayer, CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
-    @torch.compiler.disable(reason="the host stores; RotorQuantStaticCache has steps to compile")
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
