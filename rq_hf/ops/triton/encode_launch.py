@@ -94,24 +94,15 @@ def encode_arguments(
         "tiles_each": max(1, min(_MOST_TILES, tiles, tiles_each)),
         **constants,
     }
-    if not interpreting() and _needs_few_registers(constants, keys.device):
+    if not interpreting() and _three_fit(constants, keys.device):
         options["maxnreg"] = REGISTERS
     return arguments, options
 
 
-def _needs_few_registers(constants: dict[str, Any], device: torch.device) -> bool:
-    """Whether three programs fit onto a processor, each without much spilling.
-
-    Codes beyond 4 bits are searched for in a table, and sketches in two parts have twice the
-    operands: both need more registers.
-    """
-    sketch = constants["sketch"]
-    return (
-        generation(device) in _ROOMY
-        and _small(constants["key_rotation"], constants["value_rotation"])
-        and all(constants[book].bits.value <= 4 for book in ("key_book", "value_book"))
-        and (sketch is None or not sketch.forward.has_low.value)
-    )
+def _three_fit(constants: dict[str, Any], device: torch.device) -> bool:
+    """Whether shared memory has room for three programs on a processor."""
+    small = _small(constants["key_rotation"], constants["value_rotation"])
+    return small and generation(device) in _ROOMY
 
 
 def _small(*matrices: Matrix) -> bool:
