@@ -3,18 +3,16 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import weakref
 from dataclasses import fields
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import (
-    Cache,
     CacheLayerMixin,
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -24,25 +22,21 @@ from transformers.cache_utils import (
 from rq_hf.attention import register
 from rq_hf.config import RotorQuantConfig
 from rq_hf.counting import count_memory
-from rq_hf.cropping import can_crop, crop_obstacle, holds_nothing
+from rq_hf.cropping import crop_obstacle, holds_nothing
 from rq_hf.description import describe_layer
 from rq_hf.layers import RotorQuantLayer
 from rq_hf.memory import CacheMemory
 from rq_hf.model_layers import make_layer, make_layers
-from rq_hf.noted import can_take_back, is_noted, refuse_noted, refuse_to_pack, wait_for_notes
+from rq_hf.noted import is_noted, wait_for_notes
+from rq_hf.pass_cache import PassCache, token_count
 from rq_hf.places import Places, place_layers
 from rq_hf.validation import check_dtype, check_exact
 
 # the name can be set on a model as soon as there is a cache for it
 register()
 
-_NOT_TAKEN_BACK = (
-    "The layers before it hold these tokens already, and cannot give them back: reset() the cache "
-    "and run the prompt again, do not crop it"
-)
 
-
-class RotorQuantCache(Cache):
+class RotorQuantCache(PassCache):
     """A `transformers.Cache` that keeps keys and values packed to 2-4 bits a number.
 
     Full-attention layers are packed, and with `sliding="packed"` those with a sliding window or
@@ -58,6 +52,8 @@ class RotorQuantCache(Cache):
             "turboquant", see `RotorQuantConfig.from_preset`.
         offloading: Keep layers on the CPU while they are not in use, as in `DynamicCache`.
         offload_only_non_sliding: Leave sliding layers where they are.
+        revertible: Copy the states of linear attention before every pass, so that a refused pass
+            can be taken back out of them too. That takes their memory once more.
         **settings: Fields of `RotorQuantConfig`, in place of the preset's: `nbits=4`, ...
 
     Raises:
@@ -83,23 +79,17 @@ class RotorQuantCache(Cache):
         preset: str | None = None,
         offloading: bool = False,
         offload_only_non_sliding: bool = True,
+        revertible: bool = False,
         **settings: Any,
     ) -> None:
         self.quantization = _resolve(quantization, preset, settings)
-        self._updates = 0
-        self._last_updated = self._deepest = 0
-        self.packs = False
         self.exact_because: str | None = None
         layers = None
         if config is not None:
             layers, self.exact_because = make_layers(config, self.quantization)
-        self._empty_layers = {
-            i: copy.deepcopy(layer)
-            for i, layer in enumerate(layers or [])
-            if not isinstance(layer, RotorQuantLayer)
-        }
         factory: Any = partial(make_layer, self.quantization) if layers is None else None
         super().__init__(
+            revertible=revertible,
             layers=layers,
             layer_class_to_replicate=factory,
             offloading=offloading,
@@ -115,20 +105,20 @@ class RotorQuantCache(Cache):
         Raises:
             ValueError: The states cannot be stored, or the cache was made for a model with fewer
                 layers; this layer is as it was. If the layers before it have stored the same
-                tokens already, a cache made with the model's config takes these back. Packed
-                layers then are as they were, statistics included. The host's layers are cropped: a
-                window that records its past keeps of it what its next query sees. Where that
-                cannot be done (without config, in a window of the host that is full, behind linear
-                attention) the message says that only `reset` helps.
+                tokens already, these are taken back, and the layers are as they were, statistics
+                included. Where that cannot be done (behind linear attention, without
+                `revertible=True`) the message says that only `reset` helps. The other cache of an
+                `EncoderDecoderCache` keeps what it has: reset the pair.
 
                 A step of up to 32 tokens on a GPU may turn out to hold NaN or infinity after its
                 attention has run. The first layer of a later pass tells, before it stores anything:
-                the tokens from there on are taken back out of all layers, or the message says that
-                only `reset` helps. See `check_steps`.
+                the tokens from there on, in models with sliding windows all tokens of that pass,
+                are taken back out of all layers, or the message says that only `reset` helps. See
+                `check_steps`.
         """
         if self.layer_class_to_replicate is None and layer_idx >= len(self.layers):
             self._refuse_layer(key_states, layer_idx)
-        self._begin_pass(layer_idx)
+        self._go_on(layer_idx, stores=True)
         held = len(self.layers)
         self._append_layers(layer_idx + 1)
         self._hold(layer_idx)
@@ -136,66 +126,11 @@ class RotorQuantCache(Cache):
             self._check_exact(key_states, value_states, layer_idx)
             states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         except ValueError as error:
-            if can_take_back(self.layers, layer_idx):
-                # out of the layers ahead this takes the new tokens too
-                del self.layers[held:]
-                refuse_noted(self.layers, new_tokens=True)
-            layer, tokens = self.layers[layer_idx], _token_count(key_states)
-            taken_back = not isinstance(layer, CacheLayerMixin) or self._take_back(
-                tokens, layer_idx, layer.get_seq_length()
-            )
-            del self.layers[held:]
-            if not taken_back:
-                raise ValueError(f"{error}. {_NOT_TAKEN_BACK}") from error
-            refuse_noted(self.layers, new_tokens=True)
+            self._refused(error, layer_idx, token_count(key_states), held)
             raise
+        self._note_window(layer_idx, states, token_count(key_states))
         self._updates += 1
         return states
-
-    def _refuse_layer(self, key_states: Tensor, layer_idx: int) -> NoReturn:
-        """Refuses a layer that the cache does not have, and takes back what the others hold."""
-        text = (
-            f"layer {layer_idx}: the cache was made for a model with {len(self.layers)} layers; "
-            "make a new one with this model's config"
-        )
-        tokens = _token_count(key_states)
-        held = max(self._lengths(), default=0)
-        if held >= tokens and not self._take_back(tokens, len(self.layers), held - tokens):
-            text += f". {_NOT_TAKEN_BACK}"
-        raise ValueError(text)
-
-    def _lengths(self) -> list[int]:
-        """Tokens of the layers that have any and know how many."""
-        lengths = [int(x.get_seq_length()) for x in self.layers if isinstance(x, CacheLayerMixin)]
-        return [length for length in lengths if length]
-
-    def _begin_pass(self, layer_idx: int) -> None:
-        """Tells of earlier tokens that were not finite, where a pass begins.
-
-        Layers are updated in order, whichever of them a model leaves out.
-        """
-        if layer_idx <= self._last_updated:
-            self.packs = False
-            if self._last_updated < self._deepest:
-                self._check_lengths()
-            if is_noted(self.packed_layers):
-                refuse_noted(self.layers, new_tokens=True)
-        self._last_updated = layer_idx
-        self._deepest = max(self._deepest, layer_idx)
-
-    def _check_lengths(self) -> None:
-        """Refuses to go on behind a pass that has left layers out."""
-        held = sorted(set(self._lengths()))
-        if len(held) < 2:
-            return
-        text = (
-            f"layers hold {held[0]} to {held[-1]} tokens: a model with fewer layers has stored in "
-            "this cache"
-        )
-        if len(held) == 2 and self._take_back(held[1] - held[0], len(self.layers), held[0]):
-            self._last_updated = self._deepest
-            raise ValueError(f"{text}; its tokens were taken back")
-        raise ValueError(f"{text}; reset() it")
 
     def _hold(self, layer_idx: int) -> None:
         """Lets a packed layer know of its cache.
@@ -205,31 +140,6 @@ class RotorQuantCache(Cache):
         layer = self.layers[layer_idx]
         if isinstance(layer, RotorQuantLayer):
             layer.holder = weakref.ref(self)
-
-    def before_packing(self) -> None:
-        """Waits for what steps have noted: a layer is about to pack tokens.
-
-        Raises:
-            ValueError: A token of any layer is not finite; `update` takes it back.
-        """
-        if not self.packs:
-            refuse_to_pack(self.packed_layers)
-        # from here on the tokens of this pass are looked at at once
-        self.packs = True
-
-    def check_steps(self) -> None:
-        """Waits for the device, and looks at what kernels have noted of the steps so far.
-
-        Steps of up to 32 tokens on a GPU do not wait to learn whether their keys and values are
-        finite. The next pass tells of what is known by then; `save` and passes that pack tokens
-        wait for it.
-
-        Raises:
-            ValueError: A token is NaN or infinite. It was taken back with all that follow it, out
-                of all layers; or a layer cannot, and the message says that only `reset` helps.
-        """
-        wait_for_notes(self.packed_layers)
-        refuse_noted(self.layers, new_tokens=False)
 
     def _check_exact(self, key: Tensor, value: Tensor, layer_idx: int) -> None:
         """Refuses states that do not continue those of an exact layer, as packed layers do.
@@ -248,35 +158,6 @@ class RotorQuantCache(Cache):
         if key.dtype != layer.keys.dtype and self.packed_layers:
             # with exact layers alone the host may go on in the wider dtype
             check_dtype(key, layer.keys.dtype, name)
-
-    def _take_back(self, tokens: int, layer_idx: int, length: int) -> bool:
-        """Takes `tokens` behind the first `length` out of layers before `layer_idx`.
-
-        Returns:
-            Whether no layer holds them any more.
-        """
-        layers: list[Any] = self.layers
-        ahead = [i for i in range(layer_idx) if _may_hold(layers[i], length + tokens)]
-        if not ahead or tokens == 0:
-            return True
-        if self.layer_class_to_replicate is not None:
-            # of an encoder-decoder's cross-attention the host notes which layers are filled
-            return False
-        if length == 0:
-            for i in ahead:
-                self._go_back_to_start(i)
-            return True
-        packed = [i for i in ahead if isinstance(layers[i], RotorQuantLayer)]
-        exact = [i for i in ahead if i not in packed]
-        able = all(layers[i].can_go_back_to(length) for i in packed) and all(
-            can_crop(layers[i], -tokens) for i in exact
-        )
-        if able:
-            for i in packed:
-                layers[i].go_back()
-            for i in exact:
-                layers[i].crop(-tokens)
-        return able
 
     def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
         """Fetches the next offloaded layer from `layer_idx` on, on a stream of its own."""
@@ -309,9 +190,11 @@ class RotorQuantCache(Cache):
                 index.
 
         Raises:
-            ValueError: A layer is not among those given; nothing is moved then.
+            ValueError: A layer is not among those given, or `check_steps` finds something; nothing
+                is moved then.
         """
         places = place_layers(device, len(self.layers))
+        self._close_pass()
         for layer, place in zip(self.layers, places, strict=True):
             if isinstance(layer, RotorQuantLayer):
                 layer.to(place)
@@ -341,6 +224,7 @@ class RotorQuantCache(Cache):
             # some of the host's fail where there is nothing to drop
             if isinstance(layer, RotorQuantLayer) or not holds_nothing(layer):
                 layer.crop(tokens_to_remove)
+        self._history.forget()
         if noted:
             # behind a bad key, queries of other layers are bad too
             for layer in self.packed_layers:
@@ -354,42 +238,36 @@ class RotorQuantCache(Cache):
                 next prompt with them, see `RotorQuantLayer.reset`. For many prompts of one kind:
                 nothing is measured again. They must have the same batch size, on the same device.
         """
-        self._updates = 0
-        self._last_updated = self._deepest = 0
+        self._forget_passes()
         for i, layer in enumerate(self.layers):
             if isinstance(layer, RotorQuantLayer):
                 layer.reset(keep_statistics)
             else:
                 self._make_anew(i)
 
-    def _make_anew(self, index: int) -> None:
-        # the host's own reset keeps shapes, and in transformers 5.17 lengths
-        self.layers[index] = copy.deepcopy(self._empty_layers.get(index, DynamicLayer()))
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keeps the sequences `beam_idx`, int64 `[B]`, in that order."""
+        self._close_pass()
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type] # the host's stub is narrower
 
-    def _go_back_to_start(self, index: int) -> None:
-        """Puts a layer back to before its first tokens."""
-        layers: list[Any] = self.layers
-        layer = layers[index]
-        if isinstance(layer, RotorQuantLayer):
-            layer.go_back_to_start()
-            return
-        self._make_anew(index)
-        if getattr(layer, "record_past", False):
-            layers[index].activate_past_recording()
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the sequences `indices`, integer `[B']` or boolean `[B]`."""
+        self._close_pass()
+        super().batch_select_indices(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every sequence `repeats` times, copies side by side."""
+        self._close_pass()
+        super().batch_repeat_interleave(repeats)
 
     def _settle(self) -> None:
         for layer in self.packed_layers:
             layer.settle()
 
-    @property
-    def packed_layers(self) -> list[RotorQuantLayer]:
-        """The layers that are packed."""
-        return [layer for layer in self.layers if isinstance(layer, RotorQuantLayer)]
-
     def memory(self) -> CacheMemory:
         """Counts the bytes of every storage that the cache holds."""
         self._settle()
-        return count_memory(self.layers)
+        return count_memory(self.layers, self._history.tensors())
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the packed cache to a safetensors file, in one step; see `serialization`.
@@ -451,20 +329,8 @@ def _resolve(
     return quantization or RotorQuantConfig.from_preset(preset or "near-lossless", **settings)
 
 
-def _token_count(states: Tensor) -> int:
-    """Tokens of states `[B, Hk, t, D]`; none of those that are no such tensor."""
-    return states.shape[2] if states.dim() == 4 else 0
-
-
 def _is_offloadable(layer: Any, only_non_sliding: bool) -> bool:
     """Whether the host moves a layer to the CPU while it is not in use."""
     attention = isinstance(layer, CacheLayerMixin)
     linear = isinstance(layer, LinearAttentionCacheLayerMixin)
     return attention and not linear and not (only_non_sliding and layer.is_sliding)
-
-
-def _may_hold(layer: Any, tokens: int) -> bool:
-    """Whether a layer has that many tokens; one of linear attention does not know."""
-    if isinstance(layer, CacheLayerMixin):
-        return layer.get_seq_length() == tokens
-    return isinstance(layer, LinearAttentionCacheLayerMixin)

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+from torch import Tensor
 
 from rq_hf.layers import RotorQuantLayer
 from rq_hf.memory import CacheMemory, reachable_tensors, storage_bytes
@@ -12,8 +14,13 @@ from rq_hf.memory import CacheMemory, reachable_tensors, storage_bytes
 BF16_BYTES = 2
 
 
-def count_memory(layers: Sequence[Any]) -> CacheMemory:
-    """Counts the bytes of every storage that layers hold, packed ones and the host's."""
+def count_memory(layers: Sequence[Any], earlier: Iterable[Tensor]) -> CacheMemory:
+    """Counts the bytes of every storage that layers hold, packed ones and the host's.
+
+    Args:
+        layers: All layers of a cache.
+        earlier: What the host's held before, as far as that is kept.
+    """
     quantized = [layer for layer in layers if isinstance(layer, RotorQuantLayer)]
     packed: list[Any] = [layer for layer in quantized if layer.store is not None]
     host = [layer for layer in layers if not isinstance(layer, RotorQuantLayer)]
@@ -30,7 +37,7 @@ def count_memory(layers: Sequence[Any]) -> CacheMemory:
                 [(x.preconditioner, x.kept, x.statistics, x.padding) for x in quantized]
             )
         ),
-        host_bytes=storage_bytes(host_tensors),
+        host_bytes=storage_bytes([*host_tensors, *earlier]),
         constant_bytes=storage_bytes(reachable_tensors([x.codec for x in packed])),
         packed_numbers=sum(packed_numbers for packed_numbers, _ in numbers),
         nominal_bits=_nominal_bits(packed),

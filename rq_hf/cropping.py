@@ -15,11 +15,6 @@ from rq_hf.layers import RotorQuantLayer
 INSTEAD = "reset() the cache and run the prompt again"
 
 
-def can_crop(layer: Any, tokens_to_remove: int) -> bool:
-    """Whether `crop` of a layer drops so many tokens (a number of at most 0)."""
-    return crop_obstacle(layer, tokens_to_remove) is None
-
-
 def crop_obstacle(layer: Any, tokens_to_remove: int) -> str | None:
     """Returns why `crop` of a layer cannot drop so many tokens; None if it can.
 

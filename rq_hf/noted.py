@@ -6,9 +6,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin
 
-from rq_hf.cropping import INSTEAD, crop_obstacle, holds_nothing
+from rq_hf.host_history import HostHistory, is_kept
 from rq_hf.layers import RotorQuantLayer
 from rq_hf.validation import late_error
 
@@ -40,11 +40,14 @@ def refuse_to_pack(layers: Sequence[RotorQuantLayer]) -> None:
         raise late_error(where.name, place, back, "crop() or reset() the cache", True)
 
 
-def refuse_noted(layers: Sequence[Any], new_tokens: bool) -> None:
+def refuse_noted(layers: Sequence[Any], history: HostHistory, new_tokens: bool) -> None:
     """Takes back the tokens from the first one noted on, out of layers ahead in a pass too.
+
+    Where layers of the host cannot drop single tokens, all those of its pass go.
 
     Args:
         layers: All layers of a cache.
+        history: What the host's held before the last pass.
         new_tokens: Whether others are to be stored, for the message.
 
     Raises:
@@ -55,18 +58,19 @@ def refuse_noted(layers: Sequence[Any], new_tokens: bool) -> None:
         return
     wait_for_notes(packed)
     place, where = _first_noted(packed)
-    back = where.get_seq_length() - place
-    obstacle = _obstacle(layers, place)
+    length = _length_before(place, layers, history)
+    back = where.get_seq_length() - length
+    obstacle = _obstacle(layers, history, length)
     if obstacle is None:
-        for layer in layers:
+        for i, layer in enumerate(layers):
             if isinstance(layer, RotorQuantLayer):
-                layer.take_back(place)
-            elif _removal(layer, place):
-                layer.crop(_removal(layer, place))
+                layer.take_back(length)
+            else:
+                history.put_back(i, layer, length)
     raise late_error(where.name, place, back, obstacle, new_tokens)
 
 
-def can_take_back(layers: Sequence[Any], refusing: int) -> bool:
+def can_take_back(layers: Sequence[Any], refusing: int, history: HostHistory) -> bool:
     """Whether a token of an earlier pass is noted, which `refuse_noted` can take back.
 
     Waits for all kernels so far.
@@ -74,13 +78,16 @@ def can_take_back(layers: Sequence[Any], refusing: int) -> bool:
     Args:
         layers: All layers of a cache.
         refusing: Number of the one that has refused the tokens of this pass.
+        history: What the host's held before the last pass.
     """
     packed = _packed(layers)
     wait_for_notes(packed)
     if not is_noted(packed) or not isinstance(layers[refusing], CacheLayerMixin):
         return False
     place, _ = _first_noted(packed)
-    return place < layers[refusing].get_seq_length() and _obstacle(layers, place) is None
+    length = _length_before(place, layers, history)
+    before = place < layers[refusing].get_seq_length()
+    return before and _obstacle(layers, history, length) is None
 
 
 def _packed(layers: Sequence[Any]) -> list[RotorQuantLayer]:
@@ -93,25 +100,18 @@ def _first_noted(layers: Sequence[RotorQuantLayer]) -> tuple[int, RotorQuantLaye
     return min(((at, x) for at, x in noted if at is not None), key=lambda pair: pair[0])
 
 
-def _removal(layer: Any, length: int) -> int:
-    """Returns what `crop` of a layer takes to leave `length` tokens; 0 where it holds no more."""
-    if not isinstance(layer, CacheLayerMixin):
-        # of linear attention, or one that stores nothing: neither counts tokens
-        return 0
-    return min(0, length - int(layer.get_seq_length()))
+def _length_before(place: int, layers: Sequence[Any], history: HostHistory) -> int:
+    """Returns how many tokens are left where that at `place` is taken back."""
+    known = history.start is not None and history.start <= place
+    return history.start if known and any(map(is_kept, layers)) else place  # type: ignore[return-value]
 
 
-def _obstacle(layers: Sequence[Any], length: int) -> str | None:
+def _obstacle(layers: Sequence[Any], history: HostHistory, length: int) -> str | None:
     for i, layer in enumerate(layers):
-        obstacle = _obstacle_of(layer, length)
+        if isinstance(layer, RotorQuantLayer):
+            obstacle = layer.crop_obstacle(min(0, length - layer.get_seq_length()))
+        else:
+            obstacle = history.obstacle(i, layer, length)
         if obstacle is not None:
             return f"layer {i}: {obstacle}"
     return None
-
-
-def _obstacle_of(layer: Any, length: int) -> str | None:
-    if isinstance(layer, LinearAttentionCacheLayerMixin):
-        # what a convolution records is gone with the next crop
-        return None if holds_nothing(layer) else f"it cannot go back some steps; {INSTEAD}"
-    removal = _removal(layer, length)
-    return crop_obstacle(layer, removal) if removal else None

@@ -12,7 +12,6 @@ anything that decoding needs is a new format (`cache_file.FORMAT`).
 
 from __future__ import annotations
 
-import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -303,11 +302,7 @@ def _make_cache(header: Header, config: PreTrainedConfig | None) -> RotorQuantCa
     cache = RotorQuantCache(quantization=header.settings)
     cache.layers = [_make_layer(i, x, header.settings) for i, x in enumerate(header.layers)]
     # what reset() puts in place of them
-    cache._empty_layers = {
-        i: copy.deepcopy(layer)
-        for i, layer in enumerate(cache.layers)
-        if not isinstance(layer, RotorQuantLayer)
-    }
+    cache._keep_empty_layers()
     if not header.grows:
         cache.layer_class_to_replicate = None
     return cache

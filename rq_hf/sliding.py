@@ -101,6 +101,18 @@ class RotorQuantSlidingLayer(RotorQuantLayer):
         if self.store is not None:
             self._drop(self._out_of_sight(self.get_seq_length()))
 
+    def check_numbers(self, key: Tensor, value: Tensor) -> None:
+        """As for other layers; what kernels have noted is waited for before tokens are dropped."""
+        if self.store is not None and self._drops(key.shape[2]):
+            self._wait_before_packing()
+        super().check_numbers(key, value)
+
+    def _drops(self, new: int) -> bool:
+        """Whether tokens are dropped where `new` ones are stored."""
+        length = self.get_seq_length()
+        gone = 0 if self.record_past else self._out_of_sight(length)
+        return max(gone, self.expired(length + new)) > self._store.dropped
+
     def _take(self, key_states: Tensor, value_states: Tensor) -> PromptSource | ViewSource:
         if not self.record_past:
             self._drop(self._out_of_sight(self.get_seq_length()))

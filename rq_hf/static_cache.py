@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
 
 from rq_hf.cache import RotorQuantCache
 from rq_hf.config import RotorQuantConfig
+from rq_hf.cropping import INSTEAD
 from rq_hf.model_layers import make_static_layers
 from rq_hf.places import Places
 from rq_hf.static_exact import ExactStaticLayer, ExactStaticSlidingLayer
@@ -132,13 +133,16 @@ class RotorQuantStaticCache(RotorQuantCache):
         if isinstance(error, ValueError):
             raise ValueError(f"{error}. {_NOT_TAKEN_BACK}") from error
 
-    def _take_back(self, tokens: int, layer_idx: int, length: int) -> bool:
+    def _before_states(self, layer_idx: int | None) -> None:
+        """Takes no note of linear attention: its states keep their places in compiled steps."""
+
+    def _take_back(self, tokens: int, layer_idx: int, length: int) -> str | None:
         if length == 0:
             for layer in self.layers:
                 _go_back_to_start(layer)
-        else:
-            self._spoil()
-        return length == 0
+            return None
+        self._spoil()
+        return INSTEAD
 
     def _spoil(self) -> None:
         self._spoilt = True
@@ -268,7 +272,7 @@ class RotorQuantStaticCache(RotorQuantCache):
         for layer in self.packed_layers:
             if isinstance(layer, RotorQuantStaticLayer):
                 layer.check_indices(beam_idx)
-        super().reorder_cache(beam_idx)  # type: ignore[arg-type] # the host's stub is narrower
+        super().reorder_cache(beam_idx)
 
     def to(self, device: Places) -> NoReturn:
         """Refuses to move.

@@ -93,7 +93,8 @@ class QueryStatistics:
 def padding_of_mask(mask: Tensor | None, before: int) -> Tensor | None:
     """Returns how many of the new tokens a mask shows to be left padding.
 
-    A token that does not see itself is padding; windows and chunks hide older tokens only.
+    A token that no query of these sees, not even its own, is padding; windows and chunks hide older
+    tokens only.
 
     Args:
         mask: `[B, any, L, N]` for L new tokens behind `before` old ones, N at least their sum,
@@ -120,11 +121,22 @@ _last: tuple[weakref.ref[Tensor], int, int, Tensor | None] | None = None
 
 
 def _padding_of_mask(mask: Tensor, before: int) -> Tensor | None:
-    itself = mask[:, :, :, before:].diagonal(dim1=-2, dim2=-1)
-    if itself.dtype != torch.bool:
-        itself = itself > torch.finfo(itself.dtype).min / 2
+    new = mask[:, :, :, before:]
     # what one head alone does not see is no padding
-    return _leading(~itself.any(1))
+    hidden = ~_shows(new.diagonal(dim1=-2, dim2=-1)).any(1)
+    count = _leading(hidden)
+    if count is None:
+        return None
+    # few columns are looked at whole
+    hidden = hidden[:, : int(count.max())]
+    columns = new[..., : hidden.shape[1]]
+    seen = columns.any(2) if columns.dtype == torch.bool else _shows(columns.amax(2))
+    return _leading(hidden & ~seen.any(1))
+
+
+def _shows(mask: Tensor) -> Tensor:
+    """Where a mask shows a key."""
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
 def padding_of_weights(weights: Tensor) -> Tensor | None:

@@ -34,6 +34,20 @@ def test_no_padding_is_none() -> None:
     assert padding_of_mask(-1e4 * torch.ones(1, 1, 5, 5), 0) is None
 
 
+@pytest.mark.parametrize("additive", [False, True])
+def test_a_token_that_others_see_is_no_padding(additive: bool) -> None:
+    mask = causal_mask([4, 0, 2])
+    # a later query sees the second token, of the last sequence another the first one
+    mask[0, :, 7, 1], mask[2, :, 1, 0] = True, True
+    if additive:
+        mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    assert padding_of_mask(mask, 0).tolist() == [1, 0, 0]
+    # nor one that one head alone sees
+    heads = causal_mask([4, 0, 2]).repeat(1, 2, 1, 1)
+    heads[0, 1, 8, 2] = True
+    assert padding_of_mask(heads, 0).tolist() == [2, 0, 2]
+
+
 def test_a_mask_is_looked_at_once_unless_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[torch.Tensor] = []
     monkeypatch.setattr(
@@ -44,7 +58,8 @@ def test_a_mask_is_looked_at_once_unless_it_changes(monkeypatch: pytest.MonkeyPa
     mask = causal_mask([3, 0])
     for _ in range(2):
         assert padding_of_mask(mask, 0).tolist() == [3, 0]
-    assert len(looked) == 1
+    # the diagonal, and columns in question
+    assert len(looked) == 2
     # an equal one may change later
     assert padding_of_mask(mask.clone(), 0).tolist() == [3, 0]
     mask[0, :, :, 3] = False

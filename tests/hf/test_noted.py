@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
+from support.host_layers import assert_same_host_layers
 from support.models import make_model, make_tokens
 from support.refusals import INF, NAN, assert_holds, contents
 from torch import Tensor
@@ -350,32 +351,58 @@ def test_a_bad_cache_is_not_saved(late: Late, tmp_path: Path) -> None:
     assert_same([contents(x) for x in loaded.packed_layers], before)
 
 
-def test_where_a_window_of_the_host_is_full_reset_is_left() -> None:
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_a_full_window_of_the_host_goes_back(recorded: bool, tokens: int) -> None:
+    """By all tokens of the pass: what the window held in its midst is not known."""
     model = make_model("gemma3", head_dim=HEAD_DIM)
-    cache = RotorQuantCache(config=model.config, **SETTINGS)
+    cache, fresh = (RotorQuantCache(config=model.config, **SETTINGS) for _ in range(2))
     states = make_states()
     layers = range(2)
-    run(cache, states, 0, PROMPT, layers)
-    run(cache, spoil(states, PROMPT), PROMPT, PROMPT + 1, layers)
-    before, window = held(cache), cache.layers[0].keys.clone()
-    for _ in range(2):
-        with pytest.raises(ValueError, match=r"stored still.* layer 0: .* or reset\(\) the cache"):
-            run(cache, states, PROMPT + 1, PROMPT + 2, layers)
-        assert torch.equal(cache.layers[0].keys, window)
-        assert cache.layers[0].get_seq_length() == cache.layers[1].get_seq_length() == PROMPT + 1
-        for mine, theirs in zip(held(cache)[0], before[0], strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)
-    cache.reset()
-    run(cache, states, 0, PROMPT, layers), run(cache, states, PROMPT, PROMPT + 1, layers)
+    for each in (cache, fresh):
+        if recorded:
+            each.activate_past_recording()
+        run(each, states, 0, PROMPT, layers)
+    bad = PROMPT + tokens - 1
+    run(cache, spoil(states, bad), PROMPT, bad + 1, layers)
+    taken = "it was" if tokens == 1 else f"the last {tokens} tokens were"
+    with pytest.raises(ValueError, match=f"layer 1: .* token {bad} are .*: {taken} taken back"):
+        run(cache, states, bad + 1, bad + 2, layers)
+    assert_same_host_layers(cache, fresh)
+    assert_same(held(cache), held(fresh))
+    for mine, theirs in zip(
+        run(cache, states, PROMPT, PROMPT + 1, layers),
+        run(fresh, states, PROMPT, PROMPT + 1, layers),
+        strict=True,
+    ):
+        assert torch.equal(mine, theirs)
     cache.check_steps()
-    # with its past recorded the window goes back
-    cache.reset()
-    cache.activate_past_recording()
-    run(cache, states, 0, PROMPT, layers)
-    run(cache, spoil(states, PROMPT), PROMPT, PROMPT + 1, layers)
-    with pytest.raises(ValueError, match="it was taken back"):
-        run(cache, states, PROMPT + 1, PROMPT + 2, layers)
-    assert cache.layers[0].get_seq_length() == cache.layers[1].get_seq_length() == PROMPT
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_packed_windows_wait_before_they_drop_tokens(late: Late, tokens: int) -> None:
+    """What is dropped behind a bad token could not come back with it."""
+    model = make_model("gemma3-window", head_dim=HEAD_DIM)
+    settings = SETTINGS | {"sliding": "packed"}
+    cache, fresh = (RotorQuantCache(config=model.config, **settings) for _ in range(2))
+    states, layers = make_states(), range(2)
+    # once there are so many tokens, a window of 160 drops the first 128
+    bad = 159 + 128 - 1 - tokens
+    for each in (cache, fresh):
+        run(each, states, 0, PROMPT, layers)
+        run(each, states, PROMPT, bad, layers)
+    late.arrived = False
+    run(cache, spoil(states, bad, 0), bad, bad + 1, layers)
+    assert not late.arrived and cache.layers[0].store.dropped == 0
+    with pytest.raises(ValueError, match=f"layer 0: .* token {bad} are .*was taken back"):
+        run(cache, states, bad + 1, bad + 1 + tokens, layers)
+    assert_same(held(cache), held(fresh))
+    for each in (cache, fresh):
+        run(each, states, bad, bad + 1, layers)
+        run(each, states, bad + 1, bad + 1 + tokens, layers)
+        run(each, states, bad + 1 + tokens, bad + 2 + tokens, layers)
+    assert_same(held(cache), held(fresh))
+    assert cache.layers[0].store.dropped == 128
 
 
 def test_an_exact_layer_gives_the_tokens_back() -> None:
@@ -405,40 +432,47 @@ def test_layers_that_some_passes_leave_out() -> None:
     assert [layer.get_seq_length() for layer in cache.layers] == [0, 40, 40]
 
 
-@pytest.mark.parametrize(("family", "recorded"), [("lfm2", True), ("qwen3-next", False)])
-@pytest.mark.parametrize("since", [0, 2])
-def test_linear_attention_and_convolutions_ask_for_a_reset(
-    late: Late, family: str, recorded: bool, since: int
+@pytest.mark.parametrize(
+    ("family", "revertible"),
+    [("lfm2", False), ("lfm2", True), ("qwen3-next", True), ("qwen3-next", False)],
+)
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_linear_attention_and_convolutions(
+    late: Late, family: str, revertible: bool, tokens: int
 ) -> None:
-    """A convolution's record is gone with the first crop: a second would cut into its states."""
+    """Told by the next pass at the latest, before any layer changes, and taken back if known."""
     model = make_model(family, head_dim=HEAD_DIM)
-    cache = RotorQuantCache(config=model.config, **SETTINGS)
-    tokens = make_tokens(64)
+    settings = SETTINGS | {"revertible": revertible}
+    cache, fresh = (RotorQuantCache(config=model.config, **settings) for _ in range(2))
+    ids = make_tokens(64)
 
     @torch.no_grad()
-    def forward(first: int, last: int) -> Tensor:
-        return model(tokens[:, first:last], past_key_values=cache).logits
+    def forward(each: RotorQuantCache, first: int, last: int) -> Tensor:
+        return model(ids[:, first:last], past_key_values=each).logits
 
-    if recorded:
-        cache.activate_past_recording()
-    forward(0, 40), forward(40, 41)
+    for each in (cache, fresh):
+        forward(each, 0, 40), forward(each, 40, 41)
     weight = model.model.layers[1].self_attn.v_proj.weight
     whole = weight.detach().clone()
     with torch.no_grad():
         weight[0, 0] = NAN
-    forward(41, 42)
+    forward(cache, 41, 41 + tokens)
+    late.arrived = False
     with torch.no_grad():
         weight.copy_(whole)
-    for i in range(since):
-        forward(42 + i, 43 + i)
-    late.arrived = True
-    message = r"layer 1: .* token 41 are .*stored still.* layer 0: .*reset\(\) the cache"
-    with pytest.raises(ValueError, match=message):
-        forward(42 + since, 43 + since)
-    assert cache.get_seq_length(1) == 42 + since
-    cache.reset()
-    fresh = model(tokens, past_key_values=RotorQuantCache(config=model.config, **SETTINGS)).logits
-    torch.testing.assert_close(forward(0, 64), fresh)
+    goes_back = revertible or family == "lfm2"
+    end = "taken back" if goes_back else r"stored still.* layer 0: .*reset\(\) the cache"
+    with pytest.raises(ValueError, match=f"layer 1: .* token 41 are .*{end}"):
+        forward(cache, 41 + tokens, 42 + tokens)
+    if goes_back:
+        assert_same_host_layers(cache, fresh)
+        assert_same(held(cache), held(fresh))
+    else:
+        assert cache.get_seq_length(1) == 41 + tokens
+        cache.reset()
+        fresh.reset()
+        forward(cache, 0, 41), forward(fresh, 0, 41)
+    assert torch.equal(forward(cache, 41, 64), forward(fresh, 41, 64))
 
 
 @pytest.mark.parametrize("check", [True, False])

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from support.host_layers import assert_same_host_layers
 from support.models import make_model, make_tokens
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -22,7 +23,6 @@ from transformers.cache_utils import (
 )
 
 from rq_hf import RotorQuantCache, cache_file
-from rq_hf.layers import RotorQuantLayer
 
 # delta rules, Mamba of both makes, a convolution alone, and both kinds of attention in one layer
 FAMILIES = [
@@ -46,29 +46,6 @@ def filled(model: PreTrainedModel, batch: int = 1, **settings: Any) -> RotorQuan
     cache = RotorQuantCache(config=model.config, **{"residual_length": 32, **settings})
     run(model, cache, make_tokens(200, batch=batch))
     return cache
-
-
-def flat(value: Any, name: str = "") -> dict[str, Any]:
-    """Returns what a layer's attributes hold, each by its name."""
-    if isinstance(value, dict):
-        return {k: x for key in value for k, x in flat(value[key], f"{name}.{key}").items()}
-    return {name: value}
-
-
-def assert_same_host_layers(a: RotorQuantCache, b: RotorQuantCache) -> None:
-    for mine, theirs in zip(a.layers, b.layers, strict=True):
-        assert type(mine) is type(theirs)
-        if isinstance(mine, RotorQuantLayer):
-            continue
-        left, right = flat(vars(mine)), flat(vars(theirs))
-        assert left.keys() == right.keys()
-        for name, value in left.items():
-            if isinstance(value, Tensor):
-                other = right[name]
-                assert (value.dtype, value.device) == (other.dtype, other.device), name
-                assert torch.equal(value, other), name
-            else:
-                assert value == right[name], name
 
 
 def reloaded(cache: RotorQuantCache, folder: Path, config: Any = None) -> RotorQuantCache:
