@@ -58,10 +58,14 @@ class PassCache(Cache):
     def _forget_passes(self) -> None:
         """Starts anew: whatever layer comes next begins a pass."""
         self._updates = 0
-        # of the pass under way: the layer, whether it has stored, and the last one that has
-        self._layer, self._stored, self._last_updated = sys.maxsize, True, 0
-        self._deepest = 0
+        self._last_updated = self._deepest = 0
         self._history.forget()
+        self._end_pass()
+
+    def _end_pass(self) -> None:
+        """Lets the next layer begin a pass, whichever it is."""
+        # of the pass under way: the layer that was last, and whether it has stored
+        self._layer, self._stored = sys.maxsize, True
 
     @property
     def packed_layers(self) -> list[RotorQuantLayer]:
@@ -126,13 +130,28 @@ class PassCache(Cache):
 
     @torch.compiler.disable(reason="the host keeps account of passes")
     def _before_states(self, layer_idx: int | None) -> None:
-        """Lets a layer of linear attention be part of a pass, before its states change."""
+        """Lets a layer of linear attention be part of a pass, before its states change.
+
+        Args:
+            layer_idx: The layer; None where any may be meant, as some models of transformers 5.17
+                ask before each one.
+        """
         layers: list[Any] = self.layers
-        if layer_idx is None or layer_idx >= len(layers):
-            return
-        if isinstance(layers[layer_idx], LinearAttentionCacheLayerMixin):
+        if layer_idx is None:
+            self._before_any_states()
+        elif layer_idx < len(layers) and _is_linear(layers[layer_idx]):
             self._go_on(layer_idx, stores=False)
             self._history.note_states(layer_idx, layers[layer_idx])
+
+    def _before_any_states(self) -> None:
+        layers: list[Any] = self.layers
+        linear = [i for i, layer in enumerate(layers) if _is_linear(layer)]
+        if linear and linear[-1] <= self._layer:
+            # none of them is still to come in this pass
+            self._begin_pass()
+            self._layer, self._stored = -1, False
+        for i in linear:
+            self._history.note_states(i, layers[i])
 
     def _go_on(self, layer_idx: int, stores: bool) -> None:
         """Takes note of a layer; where it is one that comes anew, a pass begins.
@@ -181,6 +200,7 @@ class PassCache(Cache):
         Raises:
             ValueError: In place of `error`: they cannot be taken back, or kernels had found others.
         """
+        self._end_pass()
         if can_take_back(self.layers, layer_idx, self._history):
             # out of the layers ahead this takes the new tokens too
             del self.layers[held:]
@@ -203,6 +223,7 @@ class PassCache(Cache):
             f"layer {layer_idx}: the cache was made for a model with {len(self.layers)} layers; "
             "make a new one with this model's config"
         )
+        self._end_pass()
         tokens = token_count(key_states)
         held = max(self._lengths(), default=0)
         why = None
@@ -299,4 +320,8 @@ def _may_hold(layer: Any, tokens: int) -> bool:
     """Whether a layer has that many tokens; one of linear attention does not know."""
     if isinstance(layer, CacheLayerMixin):
         return layer.get_seq_length() == tokens
+    return _is_linear(layer)
+
+
+def _is_linear(layer: Any) -> bool:
     return isinstance(layer, LinearAttentionCacheLayerMixin)

@@ -662,3 +662,47 @@ def test_decoding_on_a_gpu(prompt: int, offloading: bool, monkeypatch: pytest.Mo
     for mine, theirs in zip(cache.packed_layers, fresh.packed_layers, strict=True):
         assert_holds(mine, contents(theirs))
     cache.check_steps()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [1, 4])
+@pytest.mark.parametrize(
+    "family", ["gemma3", "gpt-oss", "gemma3-window", "lfm2", "qwen3-next", "jamba"]
+)
+def test_windows_and_linear_attention_on_a_gpu(
+    family: str, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    model = make_model(family).cuda()
+    tokens = torch.randint(3, 90, (2, 460), device="cuda")
+    settings = {"residual_length": 32, "revertible": True, "sliding": "packed"}
+    cache, fresh = (RotorQuantCache(config=model.config, **settings) for _ in range(2))
+    packed = max(layer.layer_idx for layer in cache.packed_layers)
+
+    @torch.no_grad()
+    def forward(each: RotorQuantCache, first: int, last: int) -> Tensor:
+        return model(tokens[:, first:last], past_key_values=each).logits
+
+    def spoil_value(module: torch.nn.Module, args: Any, value: Tensor) -> Tensor:
+        value = value.clone()
+        value[1, -1, 5] = NAN
+        return value
+
+    for each in (cache, fresh):
+        forward(each, 0, 300), forward(each, 300, 301)
+    bad = 301
+    for _ in range(3):
+        hook = model.model.layers[packed].self_attn.v_proj.register_forward_hook(spoil_value)
+        forward(cache, bad, bad + width)
+        hook.remove()
+        with pytest.raises(ValueError, match=rf"token {bad + width - 1} are .* taken back"):
+            forward(cache, bad + width, bad + width + 1)
+        if cache.get_seq_length(packed) > bad:
+            cache.crop(bad - cache.get_seq_length(packed))
+        assert_same_host_layers(cache, fresh)
+        for mine, theirs in zip(cache.packed_layers, fresh.packed_layers, strict=True):
+            assert_holds(mine, contents(theirs))
+        for i in range(bad, bad + 40):
+            assert torch.equal(forward(cache, i, i + 1), forward(fresh, i, i + 1))
+        bad += 40
+    cache.check_steps()
