@@ -4,7 +4,7 @@
 Packed layers and those that only grow can drop their newest tokens. A full window cannot, nor can
 a convolution or linear attention: what they held before is gone with the next token, unless
 somebody keeps it. Of a window that costs nothing: the rows that left it are in the memory of those
-that stay, until the next pass. The states of a convolution are small, and copied. Those of linear
+that stay, until more come. The states of a convolution are small, and copied. Those of linear
 attention are large, and copied on request only.
 """
 
@@ -14,7 +14,6 @@ import copy
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 
@@ -43,8 +42,8 @@ class HostHistory:
     def __init__(self, recurrent: bool) -> None:
         self.start: int | None = None
         self._recurrent = recurrent
-        # keys and values that left a window, how many rows it had, and how many came
-        self._windows: dict[int, tuple[Tensor, Tensor, int, int]] = {}
+        # keys and values before new ones, with these behind them, and how many are new
+        self._windows: dict[int, tuple[Tensor, Tensor, int]] = {}
         # None: what there was is not known
         self._states: dict[int, dict[str, Any] | None] = {}
 
@@ -62,23 +61,23 @@ class HostHistory:
     def note_window(
         self, index: int, layer: DynamicSlidingWindowLayer, shown: tuple[Tensor, Tensor], new: int
     ) -> None:
-        """Notes which rows have left a window.
+        """Notes what a window held before.
 
         Args:
             index: The layer's position in the model.
             layer: The layer, which has stored new tokens.
-            shown: Keys and values `[B, Hk, n, D]` of all that these see, as `update` gave them.
+            shown: Keys and values `[B, Hk, n, D]` of all that these see, as `update` gave them: the
+                window's are a part of their memory.
             new: How many tokens are new.
         """
         if not self.start:
             return
-        assert layer.keys is not None
-        kept, seen = layer.keys.shape[2], shown[0].shape[2]
-        rows = (kept if layer.record_past else seen) - new
-        left = 0 if layer.record_past else min(seen - kept, rows)
-        # beside the rows that stay, which offloading may have moved
-        key, value = (x.detach()[:, :, :left].to(layer.keys.device) for x in shown)
-        self._windows[index] = key, value, rows, new
+        assert layer.keys is not None and layer.values is not None
+        key, value = (layer.keys, layer.values) if layer.record_past else shown
+        if key.device != layer.keys.device:
+            # offloaded meanwhile
+            key, value = (x.to(layer.keys.device) for x in (key, value))
+        self._windows[index] = key, value, new
 
     def note_states(self, index: int, layer: LinearAttentionCacheLayerMixin) -> None:
         """Notes the states of a layer that are about to change, before it hands them out."""
@@ -108,7 +107,7 @@ class HostHistory:
 
     def tensors(self) -> Iterable[Tensor]:
         """Yields all tensors that are kept."""
-        for key, value, *_ in self._windows.values():
+        for key, value, _ in self._windows.values():
             yield from (key, value)
         for states in self._states.values():
             for by_number in (states or {}).values():
@@ -132,9 +131,9 @@ class HostHistory:
     def _restore_window(self, index: int, layer: Any) -> None:
         if index not in self._windows:
             return
-        key, value, rows, new = self._windows.pop(index)
-        layer.keys = torch.cat([key, layer.keys], 2)[:, :, :rows]
-        layer.values = torch.cat([value, layer.values], 2)[:, :, :rows]
+        key, value, new = self._windows.pop(index)
+        rows = key.shape[2] - new
+        layer.keys, layer.values = key[:, :, :rows], value[:, :, :rows]
         layer.cumulative_length -= new
 
     def __reduce__(self) -> tuple[Any, ...]:

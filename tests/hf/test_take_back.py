@@ -265,10 +265,15 @@ def test_a_recorded_past_stays_recorded() -> None:
 
 
 @pytest.mark.gpu
-def test_offloaded_layers_are_taken_back_on_a_gpu() -> None:
-    model = make_model("llama").cuda()
-    cache, fresh = (make_cache(model, offloading=True) for _ in range(2))
-    for tokens in (300, 40):
+@pytest.mark.parametrize(
+    ("family", "windows_stay"), [("llama", True), ("gemma3", True), ("gemma3", False)]
+)
+def test_offloaded_layers_are_taken_back_on_a_gpu(family: str, windows_stay: bool) -> None:
+    model = make_model(family).cuda()
+    cache, fresh = (
+        make_cache(model, offloading=True, offload_only_non_sliding=windows_stay) for _ in range(2)
+    )
+    for tokens in (300, 40, 70):
         part = make_tokens(tokens)
         with broken(model, 1), pytest.raises(ValueError, match=r"layer 1: .* were not stored"):
             run(model, cache, part)
