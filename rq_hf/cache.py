@@ -27,10 +27,11 @@ from rq_hf.description import describe_layer
 from rq_hf.layers import RotorQuantLayer
 from rq_hf.memory import CacheMemory
 from rq_hf.model_layers import make_layer, make_layers
-from rq_hf.noted import is_noted, wait_for_notes
-from rq_hf.pass_cache import PassCache, token_count
+from rq_hf.noted import is_noted, refuse_noted, wait_for_notes
+from rq_hf.pass_cache import PassCache
 from rq_hf.places import Places, place_layers
-from rq_hf.validation import check_dtype, check_exact
+from rq_hf.validation import check_dtype, check_exact, check_finite, looks_at_once
+from rq_hf.watched_states import APPENDED_FIRST
 
 # the name can be set on a model as soon as there is a cache for it
 register()
@@ -103,7 +104,7 @@ class RotorQuantCache(PassCache):
         """Stores the new states of one layer; see `RotorQuantLayer.update`.
 
         Raises:
-            ValueError: The states cannot be stored, or the cache was made for a model with fewer
+            ValueError: The states cannot be stored, or the cache was made for a model with other
                 layers; this layer is as it was. If the layers before it have stored the same
                 tokens already, these are taken back, and the layers are as they were, statistics
                 included. Where that cannot be done (behind linear attention, without
@@ -112,25 +113,36 @@ class RotorQuantCache(PassCache):
 
                 A step of up to 32 tokens on a GPU may turn out to hold NaN or infinity after its
                 attention has run. The first layer of a later pass tells, before it stores anything:
-                the tokens from there on, in models with sliding windows all tokens of that pass,
-                are taken back out of all layers, or the message says that only `reset` helps. See
-                `check_steps`.
+                the tokens from there on, beside the host's windows or linear attention all tokens
+                of that pass, are taken back out of all layers, or the message says that only
+                `reset` helps. See `check_steps`.
+
+                The pass before broke off between two layers, by an interrupt or in the model's own
+                code, or was of a model with fewer layers: its tokens were taken back.
         """
-        if self.layer_class_to_replicate is None and layer_idx >= len(self.layers):
-            self._refuse_layer(key_states, layer_idx)
-        self._go_on(layer_idx, stores=True)
+        self._check_layer(layer_idx)
         held = len(self.layers)
         self._append_layers(layer_idx + 1)
+        self._go_on(layer_idx, int(self.get_seq_length(layer_idx)))
         self._hold(layer_idx)
         try:
+            self._check_in_step(layer_idx)
             self._check_exact(key_states, value_states, layer_idx)
             states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        except ValueError as error:
-            self._refused(error, layer_idx, token_count(key_states), held)
+        except Exception as error:
+            self._refused(error, layer_idx, held)
             raise
-        self._note_window(layer_idx, states, token_count(key_states))
+        self._note_window(layer_idx, states, key_states.shape[-2])
         self._updates += 1
         return states
+
+    def _check_layer(self, layer_idx: int) -> None:
+        """Refuses a layer that the cache does not have, or that stores no keys and values."""
+        if layer_idx < len(self.layers):
+            if not isinstance(self.layers[layer_idx], CacheLayerMixin):
+                self._refuse_kind(layer_idx, "a place for keys and values")
+        elif self.layer_class_to_replicate is None:
+            self._refuse_layer(layer_idx)
 
     def _hold(self, layer_idx: int) -> None:
         """Lets a packed layer know of its cache.
@@ -150,14 +162,16 @@ class RotorQuantCache(PassCache):
         # the host's other kinds may hold states of other shapes
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             return
-        if layer.keys is None or layer.keys.numel() == 0:
-            return
         name = f"layer {layer_idx}"
-        device = layer.device if self.offloading else layer.keys.device
-        check_exact(key, value, (layer.keys, layer.values), device, name)
-        if key.dtype != layer.keys.dtype and self.packed_layers:
-            # with exact layers alone the host may go on in the wider dtype
-            check_dtype(key, layer.keys.dtype, name)
+        if layer.keys is not None and layer.keys.numel():
+            device = layer.device if self.offloading else layer.keys.device
+            check_exact(key, value, (layer.keys, layer.values), device, name)
+            if key.dtype != layer.keys.dtype and self.packed_layers:
+                # with exact layers alone the host may go on in the wider dtype
+                check_dtype(key, layer.keys.dtype, name)
+        many = key.shape[-2] > APPENDED_FIRST
+        if self.exact_because is None and (many or looks_at_once(key.device)):
+            check_finite(key, value, name, end=layer.get_seq_length())
 
     def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
         """Fetches the next offloaded layer from `layer_idx` on, on a stream of its own."""
@@ -209,7 +223,8 @@ class RotorQuantCache(PassCache):
 
         Raises:
             ValueError: A layer cannot be cropped so far, packed or the host's; the cache is as it
-                was.
+                was. Or tokens that would stay were found not to be finite, in a cache whose windows
+                could not go back later: they were taken back, see `check_steps`.
         """
         for layer in self.packed_layers:
             layer.check_crop(tokens_to_remove)
@@ -220,15 +235,24 @@ class RotorQuantCache(PassCache):
                 raise ValueError(f"layer {i}: {obstacle}")
         wait_for_notes(self.packed_layers)
         noted = is_noted(self.packed_layers)
+        if noted and self._history.start is not None:
+            self._refuse_crop(int(tokens_to_remove))
         for layer in layers:
             # some of the host's fail where there is nothing to drop
             if isinstance(layer, RotorQuantLayer) or not holds_nothing(layer):
                 layer.crop(tokens_to_remove)
         self._history.forget()
+        self._end_pass()
         if noted:
             # behind a bad key, queries of other layers are bad too
             for layer in self.packed_layers:
                 layer.statistics.go_back(layer.get_seq_length())
+
+    def _refuse_crop(self, tokens_to_remove: int) -> None:
+        """Tells of tokens that were not finite and would stay, while they can be taken back."""
+        first = min(x.watch.first for x in self.packed_layers if x.watch.first is not None)
+        if first < self.packed_layers[0].get_seq_length() + tokens_to_remove:
+            refuse_noted(self.layers, self._history, new_tokens=False)
 
     def reset(self, keep_statistics: bool = False) -> None:
         """Forgets all tokens; the next prompt may have another batch size, dtype or device.
@@ -289,6 +313,7 @@ class RotorQuantCache(PassCache):
         config: PreTrainedConfig | None = None,
         *,
         device: Places = "cpu",
+        revertible: bool = False,
     ) -> RotorQuantCache:
         """Returns the cache that `save` wrote; generation goes on as if it had never stopped.
 
@@ -296,6 +321,7 @@ class RotorQuantCache(PassCache):
             path: The file.
             config: The model's config, to check that the file is of such a model.
             device: Where the buffers go, as in `to`.
+            revertible: As for a new cache.
 
         Raises:
             ValueError: The file is damaged, foreign, newer, or of another model, or a layer is not
@@ -303,7 +329,7 @@ class RotorQuantCache(PassCache):
         """
         from rq_hf.serialization import load_cache
 
-        return load_cache(path, config, device=device)
+        return load_cache(path, config, device=device, revertible=revertible)
 
     def describe(self) -> str:
         """Returns one line a layer: what is stored how, and what attention reads."""

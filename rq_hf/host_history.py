@@ -14,8 +14,13 @@ import copy
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
 from rq_hf.cropping import INSTEAD, crop_obstacle, holds_nothing
 
@@ -28,6 +33,11 @@ _STATES = (
     "conv_kernel_size",
 )
 
+_NO_STATES = (
+    "linear attention keeps no states of earlier tokens (a cache made with revertible=True copies "
+    f"them); {INSTEAD}"
+)
+
 
 class HostHistory:
     """What has changed in a cache's host layers since a pass began.
@@ -37,6 +47,7 @@ class HostHistory:
 
     Attributes:
         start: Tokens of a sequence before the pass; None while no pass is known.
+        has_stored: Whether a layer of linear attention has stored states since.
     """
 
     def __init__(self, recurrent: bool) -> None:
@@ -46,6 +57,17 @@ class HostHistory:
         self._windows: dict[int, tuple[Tensor, Tensor, int]] = {}
         # None: what there was is not known
         self._states: dict[int, dict[str, Any] | None] = {}
+        self.has_stored = False
+
+    @property
+    def noted(self) -> set[int]:
+        """Layers of linear attention that are part of the pass."""
+        return set(self._states)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all that has changed is known."""
+        return self.start is not None and None not in self._states.values()
 
     def begin(self, start: int) -> None:
         """Notes that a pass begins behind `start` tokens, and forgets the one before."""
@@ -54,7 +76,7 @@ class HostHistory:
 
     def forget(self) -> None:
         """Forgets what there was."""
-        self.start = None
+        self.start, self.has_stored = None, False
         self._windows.clear()
         self._states.clear()
 
@@ -88,6 +110,10 @@ class HostHistory:
             {name: _copy(getattr(layer, name)) for name in _STATES} if known else None
         )
 
+    def note_stored(self, index: int) -> None:
+        """Notes that a layer of linear attention stores states, unless what it held is known."""
+        self.has_stored = self.has_stored or self._states.get(index, {}) is None
+
     def obstacle(self, index: int, layer: Any, length: int) -> str | None:
         """Returns why a layer cannot go back to the first `length` tokens; None if it can."""
         if self.start == length and self._knows(index, layer):
@@ -102,8 +128,13 @@ class HostHistory:
         if self.start == length and self._knows(index, layer):
             self._restore_states(index, layer)
             self._restore_window(index, layer)
-        elif _removal(layer, length):
-            layer.crop(_removal(layer, length))
+            # with both kinds of attention it grows too
+            if isinstance(layer, DynamicLayer) and _removal(layer, length):
+                DynamicLayer.crop(layer, _removal(layer, length))
+            return
+        removal = _removal(layer, length)
+        if removal:
+            layer.crop(removal)
 
     def tensors(self) -> Iterable[Tensor]:
         """Yields all tensors that are kept."""
@@ -146,12 +177,6 @@ class HostHistory:
         return again
 
 
-_NO_STATES = (
-    "linear attention keeps no states of earlier tokens (a cache made with revertible=True copies "
-    f"them); {INSTEAD}"
-)
-
-
 def is_kept(layer: Any) -> bool:
     """Whether what a layer of the host held has to be kept: it cannot drop its newest tokens."""
     return isinstance(layer, (DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin))
@@ -165,5 +190,7 @@ def _removal(layer: Any, length: int) -> int:
     return min(0, length - int(layer.get_seq_length()))
 
 
+@torch.inference_mode(False)
 def _copy(states: dict[int, Any]) -> dict[int, Any]:
+    # the host writes to them in place, in whatever mode
     return {i: x.detach().clone() if isinstance(x, Tensor) else x for i, x in states.items()}

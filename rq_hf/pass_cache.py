@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import sys
 from typing import Any, NoReturn
@@ -27,6 +28,8 @@ _NOT_TAKEN_BACK = (
     "it"
 )
 _PERHAPS_ONE_OF_TWO = "If this cache is one of an EncoderDecoderCache, reset() that"
+_NEW = "make a new one with this model's config"
+_BROKE_OFF = "a pass broke off there, or a model with fewer layers has stored in this cache"
 
 
 class PassCache(Cache):
@@ -56,16 +59,17 @@ class PassCache(Cache):
         }
 
     def _forget_passes(self) -> None:
-        """Starts anew: whatever layer comes next begins a pass."""
-        self._updates = 0
-        self._last_updated = self._deepest = 0
+        """Starts anew: no layer has stored anything."""
+        self._updates = self._deepest = 0
         self._history.forget()
         self._end_pass()
 
     def _end_pass(self) -> None:
         """Lets the next layer begin a pass, whichever it is."""
-        # of the pass under way: the layer that was last, and whether it has stored
+        # of the pass under way: the layer that was last, whether it has stored, and what all that
+        # have stored held before
         self._layer, self._stored = sys.maxsize, True
+        self._before: dict[int, int] = {}
 
     @property
     def packed_layers(self) -> list[RotorQuantLayer]:
@@ -88,7 +92,8 @@ class PassCache(Cache):
 
         Steps of up to 32 tokens on a GPU do not wait to learn whether their keys and values are
         finite. The next pass tells of what is known by then; `save` and passes that pack tokens
-        wait for it, and so does every pass of a model with sliding windows or linear attention.
+        wait for it, and so does every pass beside exact windows, convolutions or copied states of
+        linear attention.
 
         Raises:
             ValueError: A token is NaN or infinite. It was taken back with all that follow it, out
@@ -101,7 +106,10 @@ class PassCache(Cache):
 
     def has_previous_state(self, layer_idx: int | None = None, *args: Any, **kwargs: Any) -> bool:
         """Whether a layer of linear attention has states; see `Cache`."""
-        self._before_states(layer_idx)
+        if layer_idx is None:
+            self._before_any_states()
+        elif layer_idx < len(self.layers):
+            self._before_states(layer_idx)
         return super().has_previous_state(layer_idx, *args, **kwargs)
 
     def get_conv_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor | None:
@@ -115,35 +123,51 @@ class PassCache(Cache):
         return super().get_recurrent_state(layer_idx, *args, **kwargs)
 
     def update_conv_state(
-        self, conv_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+        self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
     ) -> Tensor:
-        """Stores the states of a convolution; see `Cache`."""
+        """Stores the states of a convolution; see `Cache`.
+
+        Raises:
+            ValueError: They do not continue those stored; this layer is as it was, and those before
+                it as after a refused `update`.
+        """
         self._before_states(layer_idx)
-        return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
+        self._check_states("conv_states", conv_states, layer_idx, state_idx)
+        return super().update_conv_state(conv_states, layer_idx, state_idx, **kwargs)
 
     def update_recurrent_state(
-        self, recurrent_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+        self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
     ) -> Tensor:
-        """Stores the states of linear attention; see `Cache`."""
+        """Stores the states of linear attention; see `Cache`.
+
+        Raises:
+            ValueError: As `update_conv_state`.
+        """
         self._before_states(layer_idx)
-        return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
+        self._check_states("recurrent_states", recurrent_states, layer_idx, state_idx)
+        return super().update_recurrent_state(recurrent_states, layer_idx, state_idx, **kwargs)
 
     @torch.compiler.disable(reason="the host keeps account of passes")
-    def _before_states(self, layer_idx: int | None) -> None:
+    def _before_states(self, layer_idx: int) -> None:
         """Lets a layer of linear attention be part of a pass, before its states change.
 
-        Args:
-            layer_idx: The layer; None where any may be meant, as some models of transformers 5.17
-                ask before each one.
+        Raises:
+            ValueError: The cache has no such layer, or one of another kind.
         """
         layers: list[Any] = self.layers
-        if layer_idx is None:
-            self._before_any_states()
-        elif layer_idx < len(layers) and _is_linear(layers[layer_idx]):
-            self._go_on(layer_idx, stores=False)
-            self._history.note_states(layer_idx, layers[layer_idx])
+        if layer_idx >= len(layers):
+            self._refuse_layer(layer_idx)
+        if not _is_linear(layers[layer_idx]):
+            self._refuse_kind(layer_idx, "states of linear attention")
+        self._go_on(layer_idx)
+        self._history.note_states(layer_idx, layers[layer_idx])
 
+    @torch.compiler.disable(reason="the host keeps account of passes")
     def _before_any_states(self) -> None:
+        """As `_before_states`, where any layer may be meant.
+
+        Some models of transformers 5.17 ask so before each one.
+        """
         layers: list[Any] = self.layers
         linear = [i for i, layer in enumerate(layers) if _is_linear(layer)]
         if linear and linear[-1] <= self._layer:
@@ -153,34 +177,93 @@ class PassCache(Cache):
         for i in linear:
             self._history.note_states(i, layers[i])
 
-    def _go_on(self, layer_idx: int, stores: bool) -> None:
+    @torch.compiler.disable(reason="the host keeps account of passes")
+    def _check_states(self, kind: str, states: Tensor, layer_idx: int, state_idx: int) -> None:
+        """Refuses states of another form than a layer's, which the host would store or choke on."""
+        layer: Any = self.layers[layer_idx]
+        held = getattr(layer, kind)[state_idx]
+        # what is packed refuses another dtype too; recurrent states have their own
+        same = held is None or kind == "recurrent_states" or held.dtype == states.dtype
+        # tokens are last in those of a convolution
+        end = -1 if kind == "conv_states" else None
+        if held is None or (same and held.shape[:end] == states.shape[:end]):
+            self._history.note_stored(layer_idx)
+            return
+        text = (
+            f"layer {layer_idx}: the cache holds {kind} {list(held.shape)}, {held.dtype}, got "
+            f"{list(states.shape)}, {states.dtype}; use a new cache for another model or batch, or "
+            "reset() this one"
+        )
+        # what else it has may have been stored before
+        unchanged = layer_idx if kind == "conv_states" else None
+        raise ValueError(self._with_reason(text, self._undo(but=unchanged)))
+
+    def _go_on(self, layer_idx: int, length: int | None = None) -> None:
         """Takes note of a layer; where it is one that comes anew, a pass begins.
 
         Layers come in order, whichever of them a model leaves out. One of linear attention may read
         and store several times.
+
+        Args:
+            layer_idx: The layer.
+            length: Tokens before those that it is about to store; None for linear attention.
         """
-        again = self._stored and stores
+        again = self._stored and length is not None
         if layer_idx < self._layer or (layer_idx == self._layer and again):
             self._begin_pass()
-        self._layer, self._stored = layer_idx, stores
-        if stores:
-            self._last_updated = layer_idx
+        self._layer, self._stored = layer_idx, length is not None
+        if length is not None:
+            self._before[layer_idx] = length
             self._deepest = max(self._deepest, layer_idx)
 
     def _begin_pass(self) -> None:
-        """Tells of earlier tokens that were not finite, and that layers have been left out."""
+        """Tells of earlier tokens that were not finite, and of a pass that has left layers out."""
         self.packs = False
-        if self._last_updated < self._deepest:
-            self._check_lengths()
+        self._check_last_pass()
         packed = self.packed_layers
         keeps = bool(packed) and any(map(is_kept, self.layers))
-        if keeps and self._history.start is not None:
+        if keeps and self._history.is_whole:
             # what is kept of a pass is enough to take back this one alone
             wait_for_notes(packed)
         if is_noted(packed):
             refuse_noted(self.layers, self._history, new_tokens=True)
+        self._end_pass()
         if keeps:
-            self._history.begin(max(self._lengths(), default=0))
+            self._history.begin(max(map(_length, self.layers)))
+
+    def _check_last_pass(self) -> None:
+        """Takes back a pass that has broken off, or of a model with fewer layers.
+
+        Raises:
+            ValueError: It was one, and has stored tokens.
+        """
+        if not self._before:
+            # it stored no tokens: a layer may have handed out its states before it broke off
+            why = self._undo() if self._history.start is not None else None
+            if why is not None and self._history.has_stored:
+                raise ValueError(f"a pass broke off: {why}")
+            return
+        left_out = self._left_out()
+        if left_out is None:
+            return
+        start = max(self._before.values())
+        text = f"layer {left_out} has not seen the tokens behind the first {start}: {_BROKE_OFF}"
+        why = self._undo()
+        if why is None:
+            raise ValueError(f"{text}; they were taken back")
+        raise ValueError(f"{text}. {_NOT_TAKEN_BACK.format(why=why)}")
+
+    def _left_out(self) -> int | None:
+        """Returns the first layer behind those of the last pass that it should have come to."""
+        layers: list[Any] = self.layers
+        start = max(self._before.values())
+        for i in range(self._layer + 1, len(layers)):
+            if _is_linear(layers[i]):
+                if self._history.start is not None and any(layers[i].has_previous_state.values()):
+                    return i
+            elif i <= self._deepest and 0 < start == _length(layers[i]):
+                return i
+        return None
 
     def _note_window(self, layer_idx: int, shown: tuple[Tensor, Tensor], new: int) -> None:
         """Notes what has left a window of the host."""
@@ -188,95 +271,102 @@ class PassCache(Cache):
         if isinstance(layer, DynamicSlidingWindowLayer):
             self._history.note_window(layer_idx, layer, shown, new)
 
-    def _refused(self, error: ValueError, layer_idx: int, tokens: int, held: int) -> None:
+    def _check_in_step(self, layer_idx: int) -> None:
+        """Refuses tokens for a layer that lacks some which layers before it hold."""
+        held, before = self._before[layer_idx], max(self._before.values())
+        if held < before:
+            raise ValueError(
+                f"layer {layer_idx} holds {held} tokens, those before it {before}: {_BROKE_OFF}; "
+                "reset() it"
+            )
+
+    def _refused(self, error: Exception, layer_idx: int, held: int) -> None:
         """Takes back the tokens of a pass that a layer has refused, out of the layers before it.
 
         Args:
-            error: What it has raised.
-            layer_idx: The layer; it is as it was.
-            tokens: How many tokens.
+            error: What it has raised; by a ValueError it is as it was.
+            layer_idx: The layer.
             held: How many layers there were before.
 
         Raises:
             ValueError: In place of `error`: they cannot be taken back, or kernels had found others.
         """
-        self._end_pass()
+        if not isinstance(error, ValueError):
+            # a device out of order cannot be asked; what is left is told of by the next pass
+            with contextlib.suppress(RuntimeError):
+                self._undo()
+            del self.layers[held:]
+            return
         if can_take_back(self.layers, layer_idx, self._history):
             # out of the layers ahead this takes the new tokens too
             del self.layers[held:]
+            self._end_pass()
             refuse_noted(self.layers, self._history, new_tokens=True)
-        layer: Any = self.layers[layer_idx]
         shared = self.layer_class_to_replicate is not None and layer_idx > 0
-        why = None
-        if isinstance(layer, CacheLayerMixin):
-            why = self._take_back(tokens, layer_idx, layer.get_seq_length())
+        why = self._undo(but=layer_idx)
         del self.layers[held:]
         if why is not None:
-            raise ValueError(f"{error}. {_NOT_TAKEN_BACK.format(why=why)}") from error
+            raise ValueError(self._with_reason(str(error), why)) from error
         refuse_noted(self.layers, self._history, new_tokens=True)
         if shared:
             raise ValueError(f"{error}. {_PERHAPS_ONE_OF_TWO}") from error
 
-    def _refuse_layer(self, key_states: Tensor, layer_idx: int) -> NoReturn:
+    def _refuse_layer(self, layer_idx: int, tokens: int = 0) -> NoReturn:
         """Refuses a layer that the cache does not have, and takes back what the others hold."""
         text = (
             f"layer {layer_idx}: the cache was made for a model with {len(self.layers)} layers; "
-            "make a new one with this model's config"
+            f"{_NEW}"
         )
-        self._end_pass()
-        tokens = token_count(key_states)
-        held = max(self._lengths(), default=0)
-        why = None
-        if held >= tokens:
-            why = self._take_back(tokens, len(self.layers), held - tokens)
-        raise ValueError(text if why is None else f"{text}. {_NOT_TAKEN_BACK.format(why=why)}")
+        raise ValueError(self._with_reason(text, self._undo(tokens=tokens)))
 
-    def _check_lengths(self) -> None:
-        """Refuses to go on behind a pass that has left layers out."""
-        held = sorted(set(self._lengths()))
-        if len(held) < 2:
-            return
-        text = (
-            f"layers hold {held[0]} to {held[-1]} tokens: a model with fewer layers has stored in "
-            "this cache"
-        )
-        if len(held) == 2:
-            why = self._take_back(held[1] - held[0], len(self.layers), held[0])
-            if why is None:
-                self._last_updated = self._deepest
-                raise ValueError(f"{text}; its tokens were taken back")
-        raise ValueError(f"{text}; reset() it")
+    def _refuse_kind(self, layer_idx: int, asked: str) -> NoReturn:
+        """Refuses to use a layer as one of another kind."""
+        kind = type(self.layers[layer_idx]).__name__
+        text = f"layer {layer_idx}: the model asks for {asked}, the cache has a {kind} here; {_NEW}"
+        # else no pass is under way
+        why = self._undo() if layer_idx > self._layer else None
+        raise ValueError(self._with_reason(text, why))
 
-    def _lengths(self) -> list[int]:
-        """Tokens of the layers that have any and know how many."""
-        lengths = [int(x.get_seq_length()) for x in self.layers if isinstance(x, CacheLayerMixin)]
-        return [length for length in lengths if length]
+    @staticmethod
+    def _with_reason(text: str, why: str | None) -> str:
+        return text if why is None else f"{text}. {_NOT_TAKEN_BACK.format(why=why)}"
 
-    def _take_back(self, tokens: int, layer_idx: int, length: int) -> str | None:
-        """Takes `tokens` behind the first `length` out of layers before `layer_idx`.
+    def _undo(self, but: int | None = None, tokens: int = 0) -> str | None:
+        """Takes back what layers have stored in the pass under way, which ends.
+
+        Args:
+            but: A layer that has not.
+            tokens: How many tokens, where nobody keeps account of layers.
 
         Returns:
-            Why a layer cannot give them back, and what to do; None if no layer holds them any more.
+            Why a layer cannot go back, and what to do, all being as they were; None if all have.
         """
         layers: list[Any] = self.layers
-        ahead = [i for i in range(layer_idx) if _may_hold(layers[i], length + tokens)]
-        if not ahead or tokens == 0:
-            return None
-        if length == 0:
-            for i in ahead:
-                self._go_back_to_start(i)
-            self._updates = 0
-            return None
-        for i in ahead:
-            obstacle = self._obstacle(i, length)
+        lengths = {i: n for i, n in self._before.items() if i != but and self._has_changed(i, n)}
+        if self._history.start is not None:
+            lengths |= dict.fromkeys(self._history.noted - {but}, self._history.start)
+        for i, length in lengths.items():
+            obstacle = self._obstacle(i, length) if length else None
             if obstacle is not None:
                 return f"layer {i}: {obstacle}"
-        for i in ahead:
-            if isinstance(layers[i], RotorQuantLayer):
+        for i, length in lengths.items():
+            if not length:
+                self._go_back_to_start(i)
+            elif isinstance(layers[i], RotorQuantLayer):
                 layers[i].go_back()
             else:
                 self._history.put_back(i, layers[i], length)
+        if not any(self._before.values()):
+            self._updates = 0
+        self._history.forget()
+        self._end_pass()
         return None
+
+    def _has_changed(self, index: int, length: int) -> bool:
+        layer: Any = self.layers[index]
+        if isinstance(layer, RotorQuantLayer) and layer.can_go_back_to(length):
+            return True
+        return bool(layer.get_seq_length() != length)
 
     def _obstacle(self, index: int, length: int) -> str | None:
         """Returns why a layer cannot go back to before this pass; None if it can."""
@@ -311,16 +401,9 @@ class PassCache(Cache):
             self._history.forget()
 
 
-def token_count(states: Tensor) -> int:
-    """Tokens of states `[B, Hk, t, D]`; none of those that are no such tensor."""
-    return states.shape[2] if states.dim() == 4 else 0
-
-
-def _may_hold(layer: Any, tokens: int) -> bool:
-    """Whether a layer has that many tokens; one of linear attention does not know."""
-    if isinstance(layer, CacheLayerMixin):
-        return layer.get_seq_length() == tokens
-    return _is_linear(layer)
+def _length(layer: Any) -> int:
+    """Tokens of a layer; 0 where it does not count them."""
+    return int(layer.get_seq_length()) if isinstance(layer, CacheLayerMixin) else 0
 
 
 def _is_linear(layer: Any) -> bool:

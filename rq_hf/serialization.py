@@ -81,16 +81,18 @@ def load_cache(
     config: PreTrainedConfig | None = None,
     *,
     device: Places = "cpu",
+    revertible: bool = False,
 ) -> RotorQuantCache:
     """Returns the cache that `save_cache` wrote.
 
-    Nothing in the file is executed. Whether a cache is offloaded is not part of it.
+    Nothing in the file is executed. Whether a cache is offloaded or revertible is not part of it.
 
     Args:
         path: The file.
         config: The model's config, to make sure that the cache is this model's, and to find out
             which attention it uses; without it the layers are made as the file describes them.
         device: Where the tensors go: one device, or that of every layer by its index.
+        revertible: See `RotorQuantCache`.
 
     Raises:
         ValueError: The file is damaged, of another kind or of a newer format, the cache is another
@@ -103,7 +105,7 @@ def load_cache(
         text, tensors = cache_file.read(path)
         try:
             header = Header.parse(text)
-            cache = _make_cache(header, config)
+            cache = _make_cache(header, config, revertible)
             for layer, record in zip(cache.layers, header.layers, strict=True):
                 check_linear(layer, record)
             codecs = make_codecs(header)
@@ -293,13 +295,15 @@ def _check_tensors(header: Header, codecs: dict[str, TileCodec], tensors: Tensor
         raise ValueError(f"there are tensors that the header does not list; {SAVE_AGAIN}")
 
 
-def _make_cache(header: Header, config: PreTrainedConfig | None) -> RotorQuantCache:
+def _make_cache(
+    header: Header, config: PreTrainedConfig | None, revertible: bool
+) -> RotorQuantCache:
     """Returns a cache of empty layers: those of the model, or those that the header describes."""
     if config is not None:
-        cache = RotorQuantCache(config=config, quantization=header.settings)
+        cache = RotorQuantCache(config=config, quantization=header.settings, revertible=revertible)
         check_model(header, cache, config)
         return cache
-    cache = RotorQuantCache(quantization=header.settings)
+    cache = RotorQuantCache(quantization=header.settings, revertible=revertible)
     cache.layers = [_make_layer(i, x, header.settings) for i, x in enumerate(header.layers)]
     # what reset() puts in place of them
     cache._keep_empty_layers()

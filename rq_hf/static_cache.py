@@ -63,8 +63,10 @@ class RotorQuantStaticCache(RotorQuantCache):
             raise ValueError(f"max_cache_len must be a number of tokens, got {max_cache_len!r}")
         if max_cache_len < 1:
             raise ValueError(f"max_cache_len must be at least 1, got {max_cache_len}")
-        if settings.pop("offloading", False):
+        if settings.pop("offloading", False) or "offload_only_non_sliding" in settings:
             raise ValueError("the buffers of a static cache do not move; use RotorQuantCache")
+        if settings.pop("revertible", False):
+            raise ValueError("a static cache takes no steps back; use RotorQuantCache")
         self._spoilt = False
         super().__init__(quantization=quantization, preset=preset, **settings)
         _check(self.quantization)
@@ -88,7 +90,7 @@ class RotorQuantStaticCache(RotorQuantCache):
         if torch.compiler.is_compiling():
             return Cache.update(self, key_states, value_states, layer_idx, *args, **kwargs)
         if layer_idx >= len(self.layers):
-            self._refuse_layer(key_states, layer_idx)
+            self._refuse_layer(layer_idx, key_states.shape[-2])
         layer: Any = self.layers[layer_idx]
         if not any(isinstance(x, CacheLayerMixin) for x in self.layers[:layer_idx]):
             self._check_pass(key_states.shape[2])
@@ -133,11 +135,22 @@ class RotorQuantStaticCache(RotorQuantCache):
         if isinstance(error, ValueError):
             raise ValueError(f"{error}. {_NOT_TAKEN_BACK}") from error
 
-    def _before_states(self, layer_idx: int | None) -> None:
-        """Takes no note of linear attention: its states keep their places in compiled steps."""
+    # of linear attention it takes no note: its states keep their places in compiled steps
 
-    def _take_back(self, tokens: int, layer_idx: int, length: int) -> str | None:
-        if length == 0:
+    def _before_states(self, layer_idx: int) -> None:
+        pass
+
+    def _before_any_states(self) -> None:
+        pass
+
+    def _check_states(self, kind: str, states: Tensor, layer_idx: int, state_idx: int) -> None:
+        pass
+
+    def _undo(self, but: int | None = None, tokens: int = 0) -> str | None:
+        held = max((_length(layer) or 0 for layer in self.layers), default=0)
+        if held < tokens:
+            return None
+        if held == tokens:
             for layer in self.layers:
                 _go_back_to_start(layer)
             return None

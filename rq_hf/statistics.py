@@ -29,7 +29,7 @@ class QueryStatistics:
         del self._marks[:-_MOST_MARKS]
 
     def go_back(self, length: int) -> None:
-        """Forgets queries of tokens behind the first `length`, back to the oldest mark.
+        """Forgets queries of all passes with tokens behind the first `length`, back to a mark.
 
         Where no mark is old enough and queries were not finite, all so far are forgotten. Waits for
         the device then.

@@ -90,6 +90,7 @@ ARROWS = {
         "places",
         "serialization",
         "validation",
+        "watched_states",
     },
     "static_cache": {
         "cache",

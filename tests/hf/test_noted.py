@@ -379,6 +379,40 @@ def test_a_full_window_of_the_host_goes_back(recorded: bool, tokens: int) -> Non
     cache.check_steps()
 
 
+CHANGES: dict[str, Callable[[RotorQuantCache], Any]] = {
+    "reorder": lambda cache: cache.reorder_cache(torch.tensor([0])),
+    "select": lambda cache: cache.batch_select_indices(torch.tensor([0])),
+    "repeat": lambda cache: cache.batch_repeat_interleave(2),
+    "to": lambda cache: cache.to("cpu"),
+    "crop": lambda cache: cache.crop(-1),
+}
+
+
+@pytest.mark.parametrize("how", CHANGES)
+def test_what_could_not_go_back_later_is_told_before_a_change(late: Late, how: str) -> None:
+    """And nothing else is changed."""
+    model = make_model("gemma3", head_dim=HEAD_DIM)
+    cache, fresh = (RotorQuantCache(config=model.config, **SETTINGS) for _ in range(2))
+    states, layers = make_states(), range(2)
+    for each in (cache, fresh):
+        each.activate_past_recording()
+        run(each, states, 0, PROMPT, layers)
+    run(cache, spoil(states, PROMPT), PROMPT, PROMPT + 5, layers)
+    late.arrived = False
+    with pytest.raises(ValueError, match=f"token {PROMPT} are .* the last 5 tokens were taken"):
+        CHANGES[how](cache)
+    assert_same_host_layers(cache, fresh)
+    assert_same(held(cache), held(fresh))
+    CHANGES[how](cache)
+    # a bad token that a crop drops is not worth a word
+    if how == "crop":
+        run(cache, states, PROMPT - 1, PROMPT, layers)
+        run(cache, spoil(states, PROMPT + 2), PROMPT, PROMPT + 3, layers)
+        cache.crop(-1)
+        cache.check_steps()
+        assert cache.get_seq_length() == PROMPT + 2
+
+
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_packed_windows_wait_before_they_drop_tokens(late: Late, tokens: int) -> None:
     """What is dropped behind a bad token could not come back with it."""
@@ -440,7 +474,10 @@ def test_layers_that_some_passes_leave_out() -> None:
 def test_linear_attention_and_convolutions(
     late: Late, family: str, revertible: bool, tokens: int
 ) -> None:
-    """Told by the next pass at the latest, before any layer changes, and taken back if known."""
+    """Told by the next pass before any layer changes, and taken back if it is known what was.
+
+    Else nobody waits.
+    """
     model = make_model(family, head_dim=HEAD_DIM)
     settings = SETTINGS | {"revertible": revertible}
     cache, fresh = (RotorQuantCache(config=model.config, **settings) for _ in range(2))
@@ -461,6 +498,7 @@ def test_linear_attention_and_convolutions(
     with torch.no_grad():
         weight.copy_(whole)
     goes_back = revertible or family == "lfm2"
+    late.arrived = not goes_back
     end = "taken back" if goes_back else r"stored still.* layer 0: .*reset\(\) the cache"
     with pytest.raises(ValueError, match=f"layer 1: .* token 41 are .*{end}"):
         forward(cache, 41 + tokens, 42 + tokens)
