@@ -120,38 +120,35 @@ class RotorQuantCache(PassCache):
                 The pass before broke off between two layers, by an interrupt or in the model's own
                 code, or was of a model with fewer layers: its tokens were taken back.
         """
-        self._check_layer(layer_idx)
         held = len(self.layers)
         self._append_layers(layer_idx + 1)
-        self._go_on(layer_idx, int(self.get_seq_length(layer_idx)))
-        self._hold(layer_idx)
+        layer: Any = self._layer_for_keys(layer_idx)
+        packed = isinstance(layer, RotorQuantLayer)
+        self._go_on(layer_idx, int(layer.get_seq_length()))
+        if packed:
+            # by a weak reference, so that memory is free as soon as nobody has the cache
+            layer.holder = weakref.ref(self)
         try:
             self._check_in_step(layer_idx)
-            self._check_exact(key_states, value_states, layer_idx)
+            if not packed:
+                self._check_exact(key_states, value_states, layer_idx)
             states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         except Exception as error:
             self._refused(error, layer_idx, held)
             raise
-        self._note_window(layer_idx, states, key_states.shape[-2])
+        if not packed:
+            self._note_window(layer_idx, states, key_states.shape[-2])
         self._updates += 1
         return states
 
-    def _check_layer(self, layer_idx: int) -> None:
-        """Refuses a layer that the cache does not have, or that stores no keys and values."""
-        if layer_idx < len(self.layers):
-            if not isinstance(self.layers[layer_idx], CacheLayerMixin):
-                self._refuse_kind(layer_idx, "a place for keys and values")
-        elif self.layer_class_to_replicate is None:
+    def _layer_for_keys(self, layer_idx: int) -> Any:
+        """Returns a layer that stores keys and values."""
+        if layer_idx >= len(self.layers):
             self._refuse_layer(layer_idx)
-
-    def _hold(self, layer_idx: int) -> None:
-        """Lets a packed layer know of its cache.
-
-        By a weak reference, so that memory is free as soon as nobody has the cache.
-        """
         layer = self.layers[layer_idx]
-        if isinstance(layer, RotorQuantLayer):
-            layer.holder = weakref.ref(self)
+        if not isinstance(layer, CacheLayerMixin):
+            self._refuse_kind(layer_idx, "a place for keys and values")
+        return layer
 
     def _check_exact(self, key: Tensor, value: Tensor, layer_idx: int) -> None:
         """Refuses states that do not continue those of an exact layer, as packed layers do.

@@ -41,6 +41,10 @@ class RotorQuantLayer(PickledLayer, CacheLayerMixin):
         layer_idx: Position in the model, for messages.
         rope: What the model's position embedding does to this layer's keys; None if unknown.
         gives_handles: Tells at each update whether the model's attention takes handles.
+
+    Attributes:
+        calls: How often attention was computed in which way.
+        was_read: Whether what the last update gave has been read.
     """
 
     is_sliding = False
@@ -58,6 +62,7 @@ class RotorQuantLayer(PickledLayer, CacheLayerMixin):
         PickledLayer.__init__(self, config, layer_idx, rope)
         self.gives_handles = gives_handles
         self.calls: Counter[str] = Counter()
+        self.was_read = False
         self._pending: tuple[Tensor, Tensor] | None = None
         self._offloaded = False
         CacheLayerMixin.__init__(self, **kwargs)
@@ -101,6 +106,7 @@ class RotorQuantLayer(PickledLayer, CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.note_before()
+        self.was_read = False
         source = self._take(key_states, value_states)
         if self.config.path == "auto" and self.gives_handles():
             return Handle(source, "key"), Handle(source, "value")
@@ -226,6 +232,7 @@ class RotorQuantLayer(PickledLayer, CacheLayerMixin):
     def count(self, door: str) -> None:
         """Counts how attention was computed; `RotorQuantCache.describe` shows it."""
         if not torch.compiler.is_compiling():
+            self.was_read = True
             self.calls[door] += 1
 
     def settle(self) -> None:

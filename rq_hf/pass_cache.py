@@ -244,7 +244,7 @@ class PassCache(Cache):
                 raise ValueError(f"a pass broke off: {why}")
             return
         left_out = self._left_out()
-        if left_out is None:
+        if left_out is None or not self._was_read():
             return
         start = max(self._before.values())
         text = f"layer {left_out} has not seen the tokens behind the first {start}: {_BROKE_OFF}"
@@ -271,10 +271,20 @@ class PassCache(Cache):
         if isinstance(layer, DynamicSlidingWindowLayer):
             self._history.note_window(layer_idx, layer, shown, new)
 
+    def _was_read(self, but: int | None = None) -> bool:
+        """Whether a pass is a model's: somebody who fills layers by hand reads none of them.
+
+        Args:
+            but: A layer that is not asked.
+        """
+        layers = (self.layers[i] for i in self._before if i != but)
+        packed = [layer for layer in layers if isinstance(layer, RotorQuantLayer)]
+        return not packed or any(layer.was_read for layer in packed)
+
     def _check_in_step(self, layer_idx: int) -> None:
         """Refuses tokens for a layer that lacks some which layers before it hold."""
-        held, before = self._before[layer_idx], max(self._before.values())
-        if held < before:
+        held, before = self._before[layer_idx], next(iter(self._before.values()))
+        if held < before and self._was_read(but=layer_idx):
             raise ValueError(
                 f"layer {layer_idx} holds {held} tokens, those before it {before}: {_BROKE_OFF}; "
                 "reset() it"

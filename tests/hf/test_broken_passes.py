@@ -196,6 +196,25 @@ def test_a_model_with_fewer_layers_on_an_empty_cache() -> None:
     assert [layer.get_seq_length() for layer in cache.layers] == [65, 65, 0, 0]
 
 
+def test_layers_may_be_filled_one_after_the_other() -> None:
+    """By hand, in parts: no model does so, and no attention reads a layer meanwhile."""
+    model = make_model("llama", num_hidden_layers=3)
+    cache, fresh = (make_cache(model) for _ in range(2))
+    states = torch.randn(3, 2, 1, 2, 90, 64)
+    for i in range(3):
+        for at in (0, 30, 60):
+            cache.update(*states[i, ..., at : at + 30, :], i)
+    for at in (0, 30, 60):
+        for i in range(3):
+            fresh.update(*states[i, ..., at : at + 30, :], i)
+    assert_same(cache, fresh)
+    # again, behind tokens that all layers have
+    for i in range(3):
+        for at in (0, 30, 60):
+            cache.update(*states[i, ..., at : at + 30, :], i)
+    assert {layer.get_seq_length() for layer in cache.layers} == {180}
+
+
 def test_a_model_without_the_last_convolution() -> None:
     kinds = ["conv", "full_attention", "conv"]
     model = lfm2(num_hidden_layers=3, layer_types=kinds)
