@@ -294,9 +294,10 @@ class RotorQuantCache(PassCache):
         """Writes the packed cache to a safetensors file, in one step; see `serialization`.
 
         Raises:
-            ValueError: A layer is of a kind that cannot be saved, or `check_steps` finds something.
-                Nothing is written then.
+            ValueError: A layer is of a kind that cannot be saved, `check_steps` finds something, or
+                the last pass broke off. Nothing is written then.
         """
+        self._check_last_pass()
         self.check_steps()
         # loading imports this module
         from rq_hf.serialization import save_cache

@@ -167,9 +167,9 @@ class HostHistory:
         layer.keys, layer.values = key[:, :, :rows], value[:, :, :rows]
         layer.cumulative_length -= new
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        # for the pass under way only
-        return HostHistory, (self._recurrent,)
+    def __getstate__(self) -> dict[str, Any]:
+        # a pickle would hold the memory of windows twice
+        return self.__dict__ | {"_windows": {}}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HostHistory:
         again = HostHistory(self._recurrent)

@@ -61,6 +61,8 @@ class PassCache(Cache):
     def _forget_passes(self) -> None:
         """Starts anew: no layer has stored anything."""
         self._updates = self._deepest = 0
+        # why a pass that broke off could not be taken back
+        self._spoilt_by: str | None = None
         self._history.forget()
         self._end_pass()
 
@@ -221,8 +223,8 @@ class PassCache(Cache):
         self.packs = False
         self._check_last_pass()
         packed = self.packed_layers
-        keeps = bool(packed) and any(map(is_kept, self.layers))
-        if keeps and self._history.is_whole:
+        keeps = any(map(is_kept, self.layers))
+        if packed and self._history.is_whole:
             # what is kept of a pass is enough to take back this one alone
             wait_for_notes(packed)
         if is_noted(packed):
@@ -237,6 +239,8 @@ class PassCache(Cache):
         Raises:
             ValueError: It was one, and has stored tokens.
         """
+        if self._spoilt_by is not None:
+            raise ValueError(f"a pass broke off: {self._spoilt_by}")
         if not self._before:
             # it stored no tokens: a layer may have handed out its states before it broke off
             why = self._undo() if self._history.start is not None else None
@@ -302,9 +306,10 @@ class PassCache(Cache):
             ValueError: In place of `error`: they cannot be taken back, or kernels had found others.
         """
         if not isinstance(error, ValueError):
-            # a device out of order cannot be asked; what is left is told of by the next pass
+            # the next pass tells; a device out of order cannot be asked
+            self._spoilt_by = f"layer {layer_idx} failed; {INSTEAD}"
             with contextlib.suppress(RuntimeError):
-                self._undo()
+                self._spoilt_by = self._undo()
             del self.layers[held:]
             return
         if can_take_back(self.layers, layer_idx, self._history):
@@ -407,8 +412,10 @@ class PassCache(Cache):
             ValueError: As `check_steps`, where the host's layers could not go back later.
         """
         if self._history.start is not None:
+            self._check_last_pass()
             self.check_steps()
             self._history.forget()
+            self._end_pass()
 
 
 def _length(layer: Any) -> int:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -123,15 +124,76 @@ def test_states_that_cannot_come_back_ask_for_a_reset() -> None:
     assert_goes_on(model, cache, fresh)
 
 
+def fail(*args: Any, **kwargs: Any) -> NoReturn:
+    raise MemoryError
+
+
+@pytest.mark.parametrize("copied", [None, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+@pytest.mark.parametrize("family", ["qwen3-next", "jamba", "falcon-h1"])
+def test_errors_behind_states_that_cannot_come_back(
+    family: str, copied: Callable[[Any], Any] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model(family)
+    cache, fresh = pair(model, 60)
+    monkeypatch.setattr(cache.layers[1], "update", fail)
+    with pytest.raises(MemoryError):
+        run(model, cache, make_tokens(5, batch=2))
+    monkeypatch.undo()
+    cache = copied(cache) if copied else cache
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"a pass broke off: layer 0: .*reset\(\)"):
+            run(model, cache, make_tokens(5, batch=2))
+    cache.reset(), fresh.reset()
+    assert_goes_on(model, cache, fresh)
+
+
+@pytest.mark.parametrize("family", ["falcon-h1", "mistral-sliding"])
+def test_where_nothing_is_packed_errors_are_taken_back_too(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model(family)
+    cache, fresh = pair(model, 60, revertible=True)
+    for tokens in (5, 1):
+        monkeypatch.setattr(cache.layers[1], "update", fail)
+        with pytest.raises(MemoryError):
+            run(model, cache, make_tokens(tokens, batch=2))
+        monkeypatch.undo()
+        assert_same(cache, fresh)
+    assert_goes_on(model, cache, fresh)
+
+
+@pytest.mark.parametrize("how", ["save", "reorder", "pickle", "deepcopy"])
+def test_a_pass_that_broke_off_is_told_by_whatever_comes(how: str, tmp_path: Any) -> None:
+    model = make_model(
+        "lfm2", num_hidden_layers=4, layer_types=["conv", "full_attention", "conv", "conv"]
+    )
+    cache, fresh = pair(model, 60)
+    break_off(model, cache, 2, 5)
+    if how == "pickle":
+        cache = pickle.loads(pickle.dumps(cache))
+    elif how == "deepcopy":
+        cache = copy.deepcopy(cache)
+    # a pickle does not keep what there was before
+    end = r"layer 1: it was changed since; reset\(\) .*" if how == "pickle" else "taken back"
+    with pytest.raises(ValueError, match=rf"layer 3 has not seen .* {end}$"):
+        if how == "save":
+            cache.save(tmp_path / "cache")
+        elif how == "reorder":
+            cache.reorder_cache(torch.tensor([1, 0]))
+        else:
+            run(model, cache, make_tokens(1, batch=2))
+    assert not (tmp_path / "cache").exists()
+    if how == "pickle":
+        cache.reset(), fresh.reset()
+    assert_goes_on(model, cache, fresh)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3", "lfm2"])
 def test_errors_of_a_layer_that_are_no_refusal(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_model(family)
     cache, fresh = pair(model, 60)
-
-    def fail(*args: Any, **kwargs: Any) -> NoReturn:
-        raise MemoryError
 
     for tokens in (1, 40):
         layer = cache.packed_layers[-1]
