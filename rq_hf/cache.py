@@ -132,6 +132,9 @@ class RotorQuantCache(PassCache):
             self._check_in_step(layer_idx)
             if not packed:
                 self._check_exact(key_states, value_states, layer_idx)
+                if self.offloading:
+                    # the pass before may not have come to where the host does so
+                    layer.prefetch()
             states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         except Exception as error:
             self._refused(error, layer_idx, held)
