@@ -129,7 +129,7 @@ class RotorQuantCache(PassCache):
             # by a weak reference, so that memory is free as soon as nobody has the cache
             layer.holder = weakref.ref(self)
         try:
-            self._check_in_step(layer_idx)
+            self._check_in_step(layer_idx, key_states.shape[-2] if key_states.dim() > 1 else 0)
             if not packed:
                 self._check_exact(key_states, value_states, layer_idx)
                 if self.offloading:

@@ -68,10 +68,11 @@ class PassCache(Cache):
 
     def _end_pass(self) -> None:
         """Lets the next layer begin a pass, whichever it is."""
-        # of the pass under way: the layer that was last, whether it has stored, and what all that
-        # have stored held before
+        # of the pass under way: the layer that was last, whether it has stored, what all that have
+        # stored held before, and how many tokens the first one stored
         self._layer, self._stored = sys.maxsize, True
         self._before: dict[int, int] = {}
+        self._new_tokens = 0
 
     @property
     def packed_layers(self) -> list[RotorQuantLayer]:
@@ -223,7 +224,9 @@ class PassCache(Cache):
         self.packs = False
         self._check_last_pass()
         packed = self.packed_layers
-        keeps = any(map(is_kept, self.layers))
+        # without attention nobody knows where a pass ends
+        counted = any(isinstance(layer, CacheLayerMixin) for layer in self.layers)
+        keeps = counted and any(map(is_kept, self.layers))
         if packed and self._history.is_whole:
             # what is kept of a pass is enough to take back this one alone
             wait_for_notes(packed)
@@ -285,10 +288,15 @@ class PassCache(Cache):
         packed = [layer for layer in layers if isinstance(layer, RotorQuantLayer)]
         return not packed or any(layer.was_read for layer in packed)
 
-    def _check_in_step(self, layer_idx: int) -> None:
-        """Refuses tokens for a layer that lacks some which layers before it hold."""
+    def _check_in_step(self, layer_idx: int, new: int) -> None:
+        """Refuses `new` tokens for a layer that lacks some which layers before it hold.
+
+        Cross-attention to images may come late, with another number of tokens.
+        """
         held, before = self._before[layer_idx], next(iter(self._before.values()))
-        if held < before and self._was_read(but=layer_idx):
+        if len(self._before) == 1:
+            self._new_tokens = new
+        if held < before and new == self._new_tokens and self._was_read(but=layer_idx):
             raise ValueError(
                 f"layer {layer_idx} holds {held} tokens, those before it {before}: {_BROKE_OFF}; "
                 "reset() it"

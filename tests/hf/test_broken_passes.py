@@ -14,7 +14,14 @@ from support.host_layers import assert_same_host_layers
 from support.models import make_model, make_tokens
 from support.refusals import NAN, assert_holds, contents
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from torch.nn import functional as F
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Cache,
+    DynamicCache,
+    PreTrainedModel,
+)
 from transformers.cache_utils import LinearAttentionAndFullAttentionLayer
 
 from rq_hf import RotorQuantCache, RotorQuantStaticCache
@@ -277,6 +284,20 @@ def test_layers_may_be_filled_one_after_the_other() -> None:
     assert {layer.get_seq_length() for layer in cache.layers} == {180}
 
 
+def test_cross_attention_may_come_late() -> None:
+    """As to an image of a later turn, in layers that a text alone leaves out."""
+    cache = RotorQuantCache(residual_length=32)
+    cache._append_layers(3)
+    cache.layer_class_to_replicate = None
+    states, image = torch.randn(2, 1, 2, 50, 64), torch.randn(2, 1, 2, 70, 64)
+    query = torch.randn(1, 2, 50, 64)
+    for each in ((0, 2), (0, 1, 2)):
+        for i in each:
+            key, value = cache.update(*(image if i == 1 else states), i)
+            F.scaled_dot_product_attention(query, key, value)
+    assert [layer.get_seq_length() for layer in cache.layers] == [100, 70, 100]
+
+
 def test_a_model_without_the_last_convolution() -> None:
     kinds = ["conv", "full_attention", "conv"]
     model = lfm2(num_hidden_layers=3, layer_types=kinds)
@@ -317,6 +338,28 @@ def test_a_pass_refused_in_inference_mode_is_taken_back_for_all_modes(
         model(make_tokens(5, batch=2), past_key_values=cache)
     monkeypatch.undo()
     assert_goes_on(model, cache, fresh)
+
+
+@pytest.mark.parametrize("revertible", [False, True])
+@pytest.mark.parametrize("kind", ["mamba", "mamba2"])
+def test_models_without_attention_go_on(kind: str, revertible: bool) -> None:
+    """No layer counts tokens: no pass is taken for one that has broken off."""
+    settings = {"num_heads": 8, "head_dim": 16, "n_groups": 1, "chunk_size": 16}
+    config = AutoConfig.for_model(
+        kind,
+        vocab_size=99,
+        hidden_size=64,
+        state_size=8,
+        num_hidden_layers=2,
+        **(settings if kind == "mamba2" else {}),
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    cache, plain = RotorQuantCache(config, revertible=revertible), DynamicCache(config=config)
+    for seed, tokens in enumerate((20, 1, 1, 1)):
+        ids = make_tokens(tokens, seed=seed)
+        with torch.no_grad():
+            mine, theirs = (model(ids, cache_params=x).logits for x in (cache, plain))
+        assert torch.equal(mine, theirs)
 
 
 EXACT_LAST: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
