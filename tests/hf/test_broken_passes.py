@@ -14,7 +14,6 @@ from support.host_layers import assert_same_host_layers
 from support.models import make_model, make_tokens
 from support.refusals import NAN, assert_holds, contents
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,6 +22,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.cache_utils import LinearAttentionAndFullAttentionLayer
+from transformers.models.mllama import MllamaForCausalLM, MllamaTextConfig
 
 from rq_hf import RotorQuantCache, RotorQuantStaticCache
 
@@ -284,18 +284,34 @@ def test_layers_may_be_filled_one_after_the_other() -> None:
     assert {layer.get_seq_length() for layer in cache.layers} == {180}
 
 
-def test_cross_attention_may_come_late() -> None:
-    """As to an image of a later turn, in layers that a text alone leaves out."""
-    cache = RotorQuantCache(residual_length=32)
-    cache._append_layers(3)
-    cache.layer_class_to_replicate = None
-    states, image = torch.randn(2, 1, 2, 50, 64), torch.randn(2, 1, 2, 70, 64)
-    query = torch.randn(1, 2, 50, 64)
-    for each in ((0, 2), (0, 1, 2)):
-        for i in each:
-            key, value = cache.update(*(image if i == 1 else states), i)
-            F.scaled_dot_product_attention(query, key, value)
-    assert [layer.get_seq_length() for layer in cache.layers] == [100, 70, 100]
+@pytest.mark.parametrize("with_config", [True, False])
+def test_cross_attention_may_come_late(with_config: bool) -> None:
+    """To an image of the second turn, in a layer that text alone leaves out."""
+    config = MllamaTextConfig(
+        vocab_size=99,
+        hidden_size=128,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        cross_attention_layers=[1],
+        pad_token_id=0,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )
+    model = MllamaForCausalLM(config).eval()
+    image = {
+        "cross_attention_states": torch.randn(1, 70, 128),
+        "cross_attention_mask": torch.zeros(1, 1, 60, 70),
+        "full_text_row_masked_out_mask": torch.ones(1, 1, 60, 1),
+    }
+    # nothing is packed yet, so that answers are the exact ones
+    caches = RotorQuantCache(config if with_config else None), DynamicCache(config=config)
+    for seed, (tokens, seen) in enumerate(((20, {}), (60, image), (1, {}), (1, {}))):
+        ids = make_tokens(tokens, seed=seed)
+        with torch.no_grad():
+            mine, theirs = (model(ids, past_key_values=x, **seen).logits for x in caches)
+        torch.testing.assert_close(mine, theirs)
+    assert [layer.get_seq_length() for layer in caches[0].layers] == [82, 70, 82]
 
 
 def test_a_model_without_the_last_convolution() -> None:
