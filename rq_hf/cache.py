@@ -120,16 +120,16 @@ class RotorQuantCache(PassCache):
                 The pass before broke off between two layers, by an interrupt or in the model's own
                 code, or was of a model with fewer layers: its tokens were taken back.
         """
-        held = len(self.layers)
+        held, new = len(self.layers), key_states.shape[-2] if key_states.dim() > 1 else 0
         self._append_layers(layer_idx + 1)
         layer: Any = self._layer_for_keys(layer_idx)
         packed = isinstance(layer, RotorQuantLayer)
-        self._go_on(layer_idx, int(layer.get_seq_length()))
+        self._go_on(layer_idx, int(layer.get_seq_length()), new)
         if packed:
             # by a weak reference, so that memory is free as soon as nobody has the cache
             layer.holder = weakref.ref(self)
         try:
-            self._check_in_step(layer_idx, key_states.shape[-2] if key_states.dim() > 1 else 0)
+            self._check_in_step(layer_idx, new)
             if not packed:
                 self._check_exact(key_states, value_states, layer_idx)
                 if self.offloading:
@@ -140,7 +140,7 @@ class RotorQuantCache(PassCache):
             self._refused(error, layer_idx, held)
             raise
         if not packed:
-            self._note_window(layer_idx, states, key_states.shape[-2])
+            self._note_window(layer_idx, states, new)
         self._updates += 1
         return states
 

@@ -125,15 +125,15 @@ class HostHistory:
 
     def put_back(self, index: int, layer: Any, length: int) -> None:
         """Puts a layer back to its first `length` tokens, where there is no obstacle."""
-        if self.start == length and self._knows(index, layer):
+        known = self.start == length and self._knows(index, layer)
+        if known:
             self._restore_states(index, layer)
             self._restore_window(index, layer)
-            # with both kinds of attention it grows too
-            if isinstance(layer, DynamicLayer) and _removal(layer, length):
-                DynamicLayer.crop(layer, _removal(layer, length))
-            return
         removal = _removal(layer, length)
-        if removal:
+        if removal and known:
+            # a layer with both kinds of attention grows too
+            DynamicLayer.crop(layer, removal)
+        elif removal:
             layer.crop(removal)
 
     def tensors(self) -> Iterable[Tensor]:

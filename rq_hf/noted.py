@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from transformers.cache_utils import CacheLayerMixin
@@ -53,7 +53,7 @@ def refuse_noted(layers: Sequence[Any], history: HostHistory, new_tokens: bool) 
     Raises:
         ValueError: One is noted. Where a layer cannot give it back, all layers are as they were.
     """
-    packed = _packed(layers)
+    packed = packed_in(layers)
     if not is_noted(packed):
         return
     wait_for_notes(packed)
@@ -80,7 +80,7 @@ def can_take_back(layers: Sequence[Any], refusing: int, history: HostHistory) ->
         refusing: Number of the one that has refused the tokens of this pass.
         history: What the host's held before the last pass.
     """
-    packed = _packed(layers)
+    packed = packed_in(layers)
     wait_for_notes(packed)
     if not is_noted(packed) or not isinstance(layers[refusing], CacheLayerMixin):
         return False
@@ -90,7 +90,8 @@ def can_take_back(layers: Sequence[Any], refusing: int, history: HostHistory) ->
     return before and _obstacle(layers, history, length) is None
 
 
-def _packed(layers: Sequence[Any]) -> list[RotorQuantLayer]:
+def packed_in(layers: Iterable[Any]) -> list[RotorQuantLayer]:
+    """Returns those of all kinds of layers that are packed."""
     return [layer for layer in layers if isinstance(layer, RotorQuantLayer)]
 
 
@@ -102,8 +103,10 @@ def _first_noted(layers: Sequence[RotorQuantLayer]) -> tuple[int, RotorQuantLaye
 
 def _length_before(place: int, layers: Sequence[Any], history: HostHistory) -> int:
     """Returns how many tokens are left where that at `place` is taken back."""
-    known = history.start is not None and history.start <= place
-    return history.start if known and any(map(is_kept, layers)) else place  # type: ignore[return-value]
+    start = history.start
+    if start is not None and start <= place and any(map(is_kept, layers)):
+        return start
+    return place
 
 
 def _obstacle(layers: Sequence[Any], history: HostHistory, length: int) -> str | None:

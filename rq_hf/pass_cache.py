@@ -11,7 +11,6 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 from transformers.cache_utils import (
-    Cache,
     CacheLayerMixin,
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -21,7 +20,15 @@ from transformers.cache_utils import (
 from rq_hf.cropping import INSTEAD
 from rq_hf.host_history import HostHistory, is_kept
 from rq_hf.layers import RotorQuantLayer
-from rq_hf.noted import can_take_back, is_noted, refuse_noted, refuse_to_pack, wait_for_notes
+from rq_hf.linear_states import LinearStatesCache
+from rq_hf.noted import (
+    can_take_back,
+    is_noted,
+    packed_in,
+    refuse_noted,
+    refuse_to_pack,
+    wait_for_notes,
+)
 
 _NOT_TAKEN_BACK = (
     "The layers before it hold these tokens already, and cannot give them back: {why}, do not crop "
@@ -32,12 +39,12 @@ _NEW = "make a new one with this model's config"
 _BROKE_OFF = "a pass broke off there, or a model with fewer layers has stored in this cache"
 
 
-class PassCache(Cache):
+class PassCache(LinearStatesCache):
     """A `transformers.Cache` whose layers hold the same tokens, whatever one of them refuses.
 
     Args:
         revertible: See `RotorQuantCache`.
-        **kwargs: Arguments of `Cache`.
+        **kwargs: Arguments of `transformers.Cache`.
 
     Attributes:
         packs: Whether a layer has packed tokens in the pass under way.
@@ -77,7 +84,7 @@ class PassCache(Cache):
     @property
     def packed_layers(self) -> list[RotorQuantLayer]:
         """The layers that are packed."""
-        return [layer for layer in self.layers if isinstance(layer, RotorQuantLayer)]
+        return packed_in(self.layers)
 
     def before_packing(self) -> None:
         """Waits for what steps have noted: a layer is about to pack tokens.
@@ -104,51 +111,6 @@ class PassCache(Cache):
         """
         wait_for_notes(self.packed_layers)
         refuse_noted(self.layers, self._history, new_tokens=False)
-
-    # linear attention changes what it was given here, and need not say so
-
-    def has_previous_state(self, layer_idx: int | None = None, *args: Any, **kwargs: Any) -> bool:
-        """Whether a layer of linear attention has states; see `Cache`."""
-        if layer_idx is None:
-            self._before_any_states()
-        elif layer_idx < len(self.layers):
-            self._before_states(layer_idx)
-        return super().has_previous_state(layer_idx, *args, **kwargs)
-
-    def get_conv_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor | None:
-        """Returns the states of a convolution; see `Cache`."""
-        self._before_states(layer_idx)
-        return super().get_conv_state(layer_idx, *args, **kwargs)
-
-    def get_recurrent_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor | None:
-        """Returns the states of linear attention; see `Cache`."""
-        self._before_states(layer_idx)
-        return super().get_recurrent_state(layer_idx, *args, **kwargs)
-
-    def update_conv_state(
-        self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
-    ) -> Tensor:
-        """Stores the states of a convolution; see `Cache`.
-
-        Raises:
-            ValueError: They do not continue those stored; this layer is as it was, and those before
-                it as after a refused `update`.
-        """
-        self._before_states(layer_idx)
-        self._check_states("conv_states", conv_states, layer_idx, state_idx)
-        return super().update_conv_state(conv_states, layer_idx, state_idx, **kwargs)
-
-    def update_recurrent_state(
-        self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
-    ) -> Tensor:
-        """Stores the states of linear attention; see `Cache`.
-
-        Raises:
-            ValueError: As `update_conv_state`.
-        """
-        self._before_states(layer_idx)
-        self._check_states("recurrent_states", recurrent_states, layer_idx, state_idx)
-        return super().update_recurrent_state(recurrent_states, layer_idx, state_idx, **kwargs)
 
     @torch.compiler.disable(reason="the host keeps account of passes")
     def _before_states(self, layer_idx: int) -> None:
@@ -201,7 +163,7 @@ class PassCache(Cache):
         unchanged = layer_idx if kind == "conv_states" else None
         raise ValueError(self._with_reason(text, self._undo(but=unchanged)))
 
-    def _go_on(self, layer_idx: int, length: int | None = None) -> None:
+    def _go_on(self, layer_idx: int, length: int | None = None, new: int = 0) -> None:
         """Takes note of a layer; where it is one that comes anew, a pass begins.
 
         Layers come in order, whichever of them a model leaves out. One of linear attention may read
@@ -210,12 +172,15 @@ class PassCache(Cache):
         Args:
             layer_idx: The layer.
             length: Tokens before those that it is about to store; None for linear attention.
+            new: Tokens that it is about to store.
         """
         again = self._stored and length is not None
         if layer_idx < self._layer or (layer_idx == self._layer and again):
             self._begin_pass()
         self._layer, self._stored = layer_idx, length is not None
         if length is not None:
+            if not self._before:
+                self._new_tokens = new
             self._before[layer_idx] = length
             self._deepest = max(self._deepest, layer_idx)
 
@@ -284,8 +249,7 @@ class PassCache(Cache):
         Args:
             but: A layer that is not asked.
         """
-        layers = (self.layers[i] for i in self._before if i != but)
-        packed = [layer for layer in layers if isinstance(layer, RotorQuantLayer)]
+        packed = packed_in(self.layers[i] for i in self._before if i != but)
         return not packed or any(layer.was_read for layer in packed)
 
     def _check_in_step(self, layer_idx: int, new: int) -> None:
@@ -294,8 +258,6 @@ class PassCache(Cache):
         Cross-attention to images may come late, with another number of tokens.
         """
         held, before = self._before[layer_idx], next(iter(self._before.values()))
-        if len(self._before) == 1:
-            self._new_tokens = new
         if held < before and new == self._new_tokens and self._was_read(but=layer_idx):
             raise ValueError(
                 f"layer {layer_idx} holds {held} tokens, those before it {before}: {_BROKE_OFF}; "

@@ -74,7 +74,8 @@ ARROWS = {
     "cropping": {"layers"},
     "host_history": {"cropping"},
     "noted": {"host_history", "layers", "validation"},
-    "pass_cache": {"cropping", "host_history", "layers", "noted"},
+    "linear_states": set(),
+    "pass_cache": {"cropping", "host_history", "layers", "linear_states", "noted"},
     "counting": {"layers", "memory"},
     "cache": {
         "attention",
@@ -144,6 +145,7 @@ HOST = {
     "host_history",
     "integration",
     "layers",
+    "linear_states",
     "loading",
     "model_layers",
     "noted",
